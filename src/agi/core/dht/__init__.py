@@ -1,0 +1,1 @@
+"""A replicated, self-healing key-value store with no central coordinator."""

@@ -1,0 +1,258 @@
+"""The messages between clients and nodes, and between nodes. Each is one frame and carries a whole batch.
+
+On the wire a frame is `length u32 LE | magic u8 | kind u8 | MessagePack array`; the array is the Struct's fields in
+order (msgspec `array_like`), so a field can be added at the end without a new protocol version. `id` correlates a reply
+with its request: unique per sender. Node-to-node requests carry the topology's epoch and `trace`, the correlation id
+`client id:sequence` of the client request that caused them.
+
+A batch is columns, not rows: `keys[i]` goes with `records[i]`. Errors travel as `(code, message, needed, answered)`
+(errors.py); `errors` lists (index, error) for single keys of a batch, `error` the failure of the whole.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+WireError: TypeAlias = tuple[int, str, int, int]
+KeyError_: TypeAlias = tuple[int, WireError]
+MAGIC = 0xD7
+
+
+class Message(msgspec.Struct, array_like=True, gc=False):
+    """Base of all messages."""
+
+
+# --- any link
+
+
+class Hello(Message):
+    """First message of a link, in both directions. `kind` is "node" or "client"; a client fills only the first four."""
+
+    protocol: int
+    kind: str
+    name: str
+    """The node id, or the client's random id."""
+    cluster: str = ""
+    """Cluster name. A client may leave it empty: it takes the cluster that it finds."""
+    disk_id: str = ""
+    boot: int = 0
+    run_id: str = ""
+    """Random per process: two processes with one boot counter are a cloned folder."""
+    address: str = ""
+    """The advertised gRPC address."""
+    data_address: str = ""
+    http_address: str = ""
+    unix_path: str = ""
+    """Unix socket of the data wire, for co-located clients; used only where it exists and the host is the same."""
+    weight: float = 1.0
+    rack: str = ""
+    zone: str = ""
+    factor: int = 0
+    virtual_nodes: int = 0
+    hash_algorithm: str = ""
+    peers: list[str] = []
+    topology: bytes = b""
+    """The packed topology of a formed node, else empty."""
+    vote: bytes = b""
+    """The packed first topology that this node durably voted for, else empty."""
+    members_seen: list[tuple[str, str]] = []
+    """(node id, disk id) of every node reachable through the lists, as far as this one knows; complete if `settled`."""
+    settled: bool = False
+
+
+class Refused(Message):
+    """The last message of a link whose other side may not work with this one."""
+
+    error: WireError
+
+
+class Ping(Message):
+    pass
+
+
+class Pong(Message):
+    pass
+
+
+# --- client to node
+
+
+class Get(Message):
+    id: int
+    consistency: int
+    timeout_ms: int
+    keys: list[bytes]
+
+
+class GetReply(Message):
+    """The packed record of each key; None where the key is absent, deleted or expired."""
+
+    id: int
+    records: list[bytes | None]
+    errors: list[KeyError_] | None = None
+    error: WireError | None = None
+
+
+class Put(Message):
+    """`ttl_ms` is 0 for none and holds for every key of the batch. `retry` marks a repeated (client id, id)."""
+
+    id: int
+    consistency: int
+    timeout_ms: int
+    keys: list[bytes]
+    values: list[bytes]
+    ttl_ms: int = 0
+    retry: bool = False
+
+
+class PutReply(Message):
+    """The version that each key got; 0 where it failed."""
+
+    id: int
+    versions: list[int]
+    errors: list[KeyError_] | None = None
+    error: WireError | None = None
+
+
+class Delete(Message):
+    id: int
+    consistency: int
+    timeout_ms: int
+    keys: list[bytes]
+    retry: bool = False
+
+
+class DeleteReply(Message):
+    """`existed[i]`: one of the replicas that answered held a live record."""
+
+    id: int
+    existed: list[bool]
+    errors: list[KeyError_] | None = None
+    error: WireError | None = None
+
+
+class Scan(Message):
+    """Keys with start <= key < end (end empty: no bound), at most `limit` live ones."""
+
+    id: int
+    consistency: int
+    timeout_ms: int
+    start: bytes
+    end: bytes
+    limit: int
+    keys_only: bool = False
+
+
+class ScanReply(Message):
+    """`next` is where to go on; empty where the scan is complete. A page may hold fewer than `limit`, even none."""
+
+    id: int
+    keys: list[bytes]
+    records: list[bytes]
+    next: bytes = b""
+    error: WireError | None = None
+
+
+class Query(Message):
+    """Rare questions: `what` is "topology", "status", "stats" or "locate" (with a key)."""
+
+    id: int
+    what: str
+    timeout_ms: int
+    key: bytes = b""
+
+
+class QueryReply(Message):
+    """`body` is a MessagePack map whose shape belongs to `what` (ARCHITECTURE.md lists them)."""
+
+    id: int
+    body: bytes = b""
+    error: WireError | None = None
+
+
+# --- node to node
+
+FRESH, REPAIR = 0, 1
+
+
+class ReplicaRead(Message):
+    id: int
+    epoch: int
+    trace: str
+    keys: list[bytes]
+
+
+class ReplicaReadReply(Message):
+    id: int
+    records: list[bytes | None]
+    error: WireError | None = None
+
+
+class ReplicaWrite(Message):
+    """Store these records. `mode` FRESH is a client's write (clock skew is checked), REPAIR brings older ones.
+    With `want_live` the reply tells which keys held a live record before."""
+
+    id: int
+    epoch: int
+    trace: str
+    mode: int
+    keys: list[bytes]
+    records: list[bytes]
+    want_live: bool = False
+
+
+class ReplicaWriteReply(Message):
+    """`superseded` lists (index, HLC of the newer version held): those records were not stored, hence not acknowledged.
+    `live` lists the indexes that held a live record, where that was asked for."""
+
+    id: int
+    superseded: list[tuple[int, int]] | None = None
+    live: list[int] | None = None
+    error: WireError | None = None
+
+
+class ReplicaScan(Message):
+    id: int
+    epoch: int
+    trace: str
+    start: bytes
+    end: bytes
+    limit: int
+    bytes_max: int
+
+
+class ReplicaScanReply(Message):
+    """`complete`: this replica holds nothing more below `end`."""
+
+    id: int
+    keys: list[bytes]
+    records: list[bytes]
+    complete: bool
+    error: WireError | None = None
+
+
+KINDS: dict[int, type[Message]] = {
+    1: Hello,
+    2: Refused,
+    3: Ping,
+    4: Pong,
+    10: Get,
+    11: GetReply,
+    12: Put,
+    13: PutReply,
+    14: Delete,
+    15: DeleteReply,
+    16: Scan,
+    17: ScanReply,
+    18: Query,
+    19: QueryReply,
+    30: ReplicaRead,
+    31: ReplicaReadReply,
+    32: ReplicaWrite,
+    33: ReplicaWriteReply,
+    34: ReplicaScan,
+    35: ReplicaScanReply,
+}
+KIND_OF: dict[type[Message], int] = {kind: number for number, kind in KINDS.items()}

@@ -1,0 +1,154 @@
+"""What a node needs from a store of its records, and the law that every backend keeps.
+
+A backend maps key bytes to packed records (protocol/record.py) and never looks at versions: merging is the replica's
+work, done before it calls `apply`. A backend may not alter, drop or reorder what it was given.
+
+The law of durability: when `apply` returns, the batch has reached the operating system (RocksDB: its WAL, by write());
+it is applied as a whole or not at all. With `wal_sync: group` it also has reached the disk. `write` followed by `sync`
+is the same in two steps, so that the replica can put many writers behind one sync (group commit).
+
+Stores in this process set `local = True`: they answer `read`, `headers` and `write` at once, in the caller's thread,
+without a coroutine; the node's hot path uses only these and `sync`. Others (Redis) leave `local = False` and are used
+through the async methods alone.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+
+class WalSync(enum.StrEnum):
+    """When an acknowledged write is on the disk itself. It is always in the WAL, so kill -9 never loses it."""
+
+    GROUP = "group"
+    """Before the acknowledgement: one fsync for all writes at hand."""
+    INTERVAL = "interval"
+    """Within `wal_sync_interval_ms`, in the background: power loss may take that much."""
+    NONE = "none"
+    """When the operating system sees fit."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """Records to store, at most one per key. One batch is one atomic write.
+
+    Attributes:
+        records: key -> packed record.
+        inserts: those of the keys that the store did not hold before (they enter the key index; the others are there).
+        purges: keys to remove altogether, header included.
+    """
+
+    records: dict[bytes, bytes] = field(default_factory=dict)
+    inserts: list[bytes] = field(default_factory=list)
+    purges: list[bytes] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How many records (tombstones included) a store holds; `exact` is False for an engine's estimate."""
+
+    records: int
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """Numbers for `/metrics` and `status`. `bytes` is what the records take, on disk or in memory."""
+
+    records: int
+    exact: bool
+    bytes: int
+    engine: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Part of a scan, in its order. `complete`: the store holds nothing more in the range."""
+
+    items: list[tuple[bytes, bytes]]
+    complete: bool
+
+
+SyncDone = Callable[[Exception | None], None]
+
+
+class StorageBackend(abc.ABC):
+    """Async and batch-oriented. Keys are 1 to 1024 bytes; records are packed. All methods raise StorageError kinds."""
+
+    name: str
+    local: bool = True
+    """Whether `read`, `headers`, `write` and `sync` may be used."""
+    group_sync: bool = False
+    """Whether a write counts as durable only after `sync` (wal_sync: group)."""
+    persistent: bool = True
+    """False for a store that forgets at exit: it takes a new disk id at every start."""
+
+    @abc.abstractmethod
+    async def open(self) -> None:
+        """Makes the store usable. Raises FolderUnusable, StorageCorrupt."""
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """Syncs what is unsynced and lets go of the store. Closing twice is harmless."""
+
+    async def get(self, key: bytes) -> bytes | None:
+        """The record of one key, checksum verified."""
+        return (await self.get_many((key,)))[0]
+
+    @abc.abstractmethod
+    async def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The record of each key, in order; None where there is none. Raises StorageCorrupt."""
+
+    @abc.abstractmethod
+    async def apply(self, batch: Batch) -> None:
+        """Stores a batch as the law above says."""
+
+    @abc.abstractmethod
+    async def scan(self, start: bytes, end: bytes | None, limit: int, bytes_max: int) -> Page:
+        """Records with start <= key < end in key order, tombstones included: at most `limit` of them, and no more once
+        their sizes exceed `bytes_max` (but at least one)."""
+
+    @abc.abstractmethod
+    async def scan_tokens(self, first: int, last: int, limit: int, after: bytes | None = None) -> Page:
+        """Records whose key's token t has first <= t <= last (no wrapping), ordered by (token, key), at most `limit`;
+        `after` is the last key of the page before. Costs O(result), not a scan of the store."""
+
+    @abc.abstractmethod
+    async def expired(self, before_ms: int, limit: int) -> list[tuple[bytes, bytes]]:
+        """Up to `limit` (key, record) with 0 < expires < before_ms and not yet shrunk, soonest first. O(result)."""
+
+    @abc.abstractmethod
+    async def count(self) -> Count: ...
+
+    @abc.abstractmethod
+    async def stats(self) -> StoreStats: ...
+
+    @abc.abstractmethod
+    async def get_meta(self, name: str) -> bytes | None:
+        """A small named value of the node (identity, topology): it lives and dies with the data."""
+
+    @abc.abstractmethod
+    async def put_meta(self, name: str, value: bytes) -> None:
+        """Stores it, synced to the disk whatever `wal_sync` says."""
+
+    # The hot path of local stores.
+
+    def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """`get_many`, at once."""
+        raise NotImplementedError(f"{self.name} is not a local store")
+
+    def headers(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """At least the first HEADER bytes of each record: what a merge needs. Cheaper than `read` where it can be."""
+        return self.read(keys)
+
+    def write(self, batch: Batch) -> None:
+        """Stores the batch so that kill -9 of this process cannot lose it, without waiting for the disk."""
+        raise NotImplementedError(f"{self.name} is not a local store")
+
+    def sync(self, done: SyncDone) -> None:
+        """Brings all that was written to the disk, in a thread; calls `done(error)` in the event loop afterwards.
+        One sync at a time. After an error the store is unusable (PROTOCOLS D2)."""
+        raise NotImplementedError(f"{self.name} is not a local store")
