@@ -11,6 +11,7 @@
      +- Unavailable                  too few replicas answered; nothing was written; retryable
      |   +- NotReady                 the node has not formed or joined its cluster yet
      |   +- Overloaded               a bound was reached (queue, bytes, connections)
+     |   +- Truncated                a batch's values did not fit one frame; ask again for this key (clients do)
      +- OutcomeUnknown               some replica may have stored the write; read before deciding what to do
      +- ClockSkew                    a version too far ahead of a replica's clock was refused; nothing was written
      +- StaleEpoch                   a message of another topology; the coordinator refreshes and restarts
@@ -73,6 +74,7 @@ __all__ = [
     "StorageError",
     "StorageFull",
     "TransportError",
+    "Truncated",
     "Unavailable",
     "UnknownDisk",
     "from_wire",
@@ -141,6 +143,10 @@ class NotReady(Unavailable):
 
 class Overloaded(Unavailable):
     code, exit_code = 32, 14
+
+
+class Truncated(Unavailable):
+    code = 33
 
 
 class OutcomeUnknown(DHTError):

@@ -119,11 +119,11 @@ def ttl_to_ms(ttl_seconds: object) -> int:
     if isinstance(ttl_seconds, bool) or not isinstance(ttl_seconds, int | float):
         raise InvalidTTL(f"ttl_seconds is a number, not {type(ttl_seconds).__name__}")
     if not 0 < ttl_seconds <= TTL_MS_MAX / 1000:  # also refuses NaN
-        raise InvalidTTL(f"ttl_seconds must be above 0 and at most {TTL_MS_MAX // 1000}, not {ttl_seconds}")
+        raise InvalidTTL(f"ttl_seconds must be above 0 and at most {TTL_MS_MAX // 1000}, not {ttl_seconds!r:.40}")
     return max(1, round(ttl_seconds * 1000))
 
 
-_ADDRESS = re.compile(r"^(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>\d{1,5})$")
+_ADDRESS = re.compile(r"^(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})$")
 
 
 def parse_address(text: str) -> tuple[str, int]:

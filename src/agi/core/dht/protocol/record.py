@@ -4,7 +4,7 @@ Layout (big-endian, 40 bytes of header, then the value):
 
     0   8  hlc        48 bits of milliseconds, 16 of counter
     8   8  writer     32-bit hash of the node id, 32-bit boot counter
-    16  1  flags      0x80 shrunk (an expired record without its value), 0x01 tombstone
+    16  1  flags      0x80 shrunk (an expired record without its value), 0x02 expires, 0x01 tombstone; 0: live for ever
     17  7  created    milliseconds since 1970 when the key came into being
     24  8  checksum   xxh3-64 of the rest, seeded with the hash of (header so far, key)
     32  8  expires    milliseconds since 1970, 0 for never
@@ -21,7 +21,7 @@ b'new'
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import xxhash
 
@@ -32,6 +32,7 @@ ORDER = 24
 """The first bytes of a record decide its place among the versions of its key, content aside."""
 FLAGS = 16
 TOMBSTONE = 0x01
+EXPIRES = 0x02
 SHRUNK = 0x80
 
 _HEAD = struct.Struct(">QQQ")
@@ -44,10 +45,33 @@ _NO_EXPIRY = bytes(8)
 def pack(
     key: bytes, value: bytes, *, hlc: int, writer: int, created_ms: int = 0, expires_ms: int = 0, flags: int = 0
 ) -> bytes:
-    """One record. `flags` holds TOMBSTONE for a delete (its value is empty)."""
+    """One record. `flags` holds TOMBSTONE for a delete (its value is empty); EXPIRES follows from `expires_ms`."""
+    if expires_ms:
+        flags |= EXPIRES
     head = _HEAD.pack(hlc, writer, flags << 56 | created_ms)
     tail = (expires_ms.to_bytes(8, "big") if expires_ms else _NO_EXPIRY) + value
     return head + _hash(tail, _hash_int(head + key)) + tail
+
+
+def pack_batch(
+    keys: Sequence[bytes],
+    values: Sequence[bytes],
+    first_hlc: int,
+    writer: int,
+    created_ms: int,
+    expires_ms: int,
+    flags: int,
+) -> list[bytes]:
+    """`pack` of each key with consecutive versions; the hot path of new keys and of batches."""
+    expires = expires_ms.to_bytes(8, "big")
+    stamp = (flags | EXPIRES if expires_ms else flags) << 56 | created_ms
+    pack_head, hash_int, hash_ = _HEAD.pack, _hash_int, _hash
+    records = []
+    for hlc, (key, value) in enumerate(zip(keys, values, strict=True), first_hlc):
+        head = pack_head(hlc, writer, stamp)
+        tail = expires + value
+        records.append(head + hash_(tail, hash_int(head + key)) + tail)
+    return records
 
 
 def verify(key: bytes, record: bytes) -> bytes:
@@ -72,10 +96,10 @@ def expires_ms_of(record: bytes) -> int:
 
 def is_live(record: bytes | None, now_ms: int) -> bool:
     """Whether a reader sees a value at this time."""
-    if record is None or record[FLAGS]:
+    if record is None:
         return False
-    expires = record[32:40]
-    return expires == _NO_EXPIRY or int.from_bytes(expires, "big") > now_ms
+    flags = record[FLAGS]
+    return not flags or (flags == EXPIRES and int.from_bytes(record[32:40], "big") > now_ms)
 
 
 def shrink(key: bytes, record: bytes) -> bytes:

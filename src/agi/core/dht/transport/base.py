@@ -14,6 +14,7 @@ from typing import Protocol
 import msgspec
 
 from agi.core.dht.errors import DHTError
+from agi.core.dht.transport.codec import encode
 
 SEND_BUFFER_BYTES_MAX = 64 * 1024 * 1024
 PING_INTERVAL_S = 1.0
@@ -30,10 +31,16 @@ class Link(abc.ABC):
     """Whatever the handler keeps with the link (a node's session or a client's); starts as None."""
     closed: bool
 
-    @abc.abstractmethod
     def send(self, message: msgspec.Struct) -> int:
         """Queues a message and returns its size in bytes. Raises LinkClosed, FrameTooLarge, Overloaded; then nothing
         of the message was sent."""
+        frame = encode(message)
+        self.send_frame(frame)
+        return len(frame)
+
+    @abc.abstractmethod
+    def send_frame(self, frame: bytes) -> None:
+        """`send` of a message that codec.encode has packed already: one packing serves many links."""
 
     @abc.abstractmethod
     def flush(self) -> None:

@@ -1,0 +1,474 @@
+"""The asyncio client."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import Any, Self
+
+from agi.core.dht.client.batches import Batch, Futures, Gathered, Kind
+from agi.core.dht.client.session import Session
+from agi.core.dht.clock import Clock, SystemClock
+from agi.core.dht.errors import BatchError, ClientClosed, DHTError, InvalidRequest
+from agi.core.dht.protocol.messages import Scan
+from agi.core.dht.protocol.record import HEADER, created_ms_of, expires_ms_of, hlc_of
+from agi.core.dht.protocol.versioning import physical_ms
+from agi.core.dht.transport.base import Transport
+from agi.core.dht.transport.grpc import GrpcTransport
+from agi.core.dht.transport.native import NativeTransport
+from agi.core.dht.types import (
+    BATCH_BYTES_MAX,
+    BULK_VALUE_BYTES,
+    SCAN_LIMIT_MAX,
+    Consistency,
+    Entry,
+    check_value,
+    encode_key,
+    format_address,
+    parse_address,
+    ttl_to_ms,
+)
+
+BATCH_KEYS_MAX = 10_000
+"""Keys of one request frame; larger batches are split."""
+TIMEOUT_S_MAX = 600.0
+
+
+class DHTClient:
+    """A client of one cluster, for one event loop.
+
+    Calls made in the same turn of the loop travel together, so `asyncio.gather` over many calls is nearly as fast as
+    `get_many`. Every call ends by its timeout in a result or a typed error (errors.py).
+
+    Args:
+        cluster: refuse a cluster of another name; None takes the one found.
+        timeout: seconds for a call that states none; None takes the cluster's `network.timeout_ms`.
+        read_consistency, write_consistency: levels for calls that state none; None takes the cluster's.
+        retry_count: tries beyond the first, for retryable errors within the timeout.
+        retry_unknown: repeat plain writes whose outcome is unknown. They may then take effect twice: safe for writes
+            that are the same each time.
+        connection_pool_size: links to each node; the last carries values from 128 KiB on.
+        unix: use a node's Unix socket where it runs on this machine.
+
+    >>> async def example() -> None:
+    ...     async with DHTClient() as client:
+    ...         await client.connect(["localhost:7000"])
+    ...         await client.put("greeting", b"hello", ttl_seconds=60)
+    ...         assert await client.get("greeting") == b"hello"
+    """
+
+    def __init__(
+        self,
+        *,
+        cluster: str | None = None,
+        timeout: float | None = None,
+        read_consistency: Consistency | str | None = None,
+        write_consistency: Consistency | str | None = None,
+        retry_count: int = 3,
+        retry_unknown: bool = False,
+        connection_pool_size: int = 2,
+        unix: bool = True,
+        seed_transport: Transport | None = None,
+        data_transport: Transport | None = None,
+        clock: Clock | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._timeout = None if timeout is None else _check_timeout(timeout)
+        self._read = None if read_consistency is None else Consistency.parse(read_consistency)
+        self._write = None if write_consistency is None else Consistency.parse(write_consistency)
+        if retry_count < 0 or connection_pool_size < 1:
+            raise InvalidRequest("retry_count is at least 0 and connection_pool_size at least 1")
+        self._cluster = cluster or ""
+        self._retry_count = retry_count
+        self._retry_unknown = retry_unknown
+        self._pool_size = connection_pool_size
+        self._unix = unix
+        self._seed = seed_transport
+        self._data = data_transport
+        self._clock = clock or SystemClock()
+        self._rng = rng or random.Random(secrets.randbits(64))
+        self._session: Session | None = None
+        self._gets: Batch | None = None
+        self._puts: Batch | None = None
+        self._others: dict[tuple[Kind, Consistency, int, float], Batch] = {}
+        self._flushing = False
+
+    # --- life
+
+    async def connect(self, addresses: Sequence[str], *, timeout: float = 10.0) -> None:
+        """Finds the cluster: one live address is enough. Raises InvalidAddress, ConnectFailed, NotReady,
+        HelloRefused."""
+        if self._session is not None:
+            raise InvalidRequest("the client is connected already")
+        if isinstance(addresses, str) or not addresses:
+            raise InvalidRequest("addresses is a list of host:port")
+        known = [format_address(*parse_address(address)) for address in addresses]
+        session = Session(
+            self._seed or GrpcTransport(),
+            self._data or NativeTransport(),
+            self._clock,
+            self._rng,
+            cluster=self._cluster,
+            pool_size=self._pool_size,
+            retry_count=self._retry_count,
+            retry_unknown=self._retry_unknown,
+            unix=self._unix,
+        )
+        self._loop = asyncio.get_running_loop()
+        try:
+            await session.open(known, self._clock.monotonic() + timeout)
+        except BaseException:
+            await session.close()
+            raise
+        self._session = session
+        self._timeout_s = self._timeout if self._timeout is not None else session.topology["timeout_ms"] / 1000
+
+    async def close(self) -> None:
+        """Ends the connection; calls under way fail with ClientClosed. Closing twice is harmless."""
+        if self._session is not None:
+            self._flush()
+            await self._session.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    # --- single keys
+
+    async def get(
+        self, key: str, *, consistency: Consistency | str | None = None, timeout: float | None = None
+    ) -> bytes | None:
+        """The value, or None where the key is absent, deleted or expired. Raises InvalidKey, Unavailable."""
+        raw = encode_key(key)
+        if consistency is None and timeout is None:
+            batch = self._gets
+            if batch is None:
+                batch = self._gets = self._open(Kind.GET, self._read or self._live().read_consistency, 0, None)
+        else:
+            batch = self._batch(Kind.GET, consistency, 0, timeout)
+        batch.keys.append(raw)
+        future = self._loop.create_future()
+        batch.sink.futures.append(future)  # type: ignore[attr-defined]  # open batches have Futures
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+        record: bytes | None = await future
+        return None if record is None else record[HEADER:]
+
+    async def get_entry(
+        self, key: str, *, consistency: Consistency | str | None = None, timeout: float | None = None
+    ) -> Entry | None:
+        """The value with its version and times, or None."""
+        record = await self._one(Kind.GET, key, consistency, timeout)
+        if record is None:
+            return None
+        hlc = hlc_of(record)
+        return Entry(key, record[HEADER:], hlc, expires_ms_of(record) or None, created_ms_of(record), physical_ms(hlc))
+
+    async def exists(
+        self, key: str, *, consistency: Consistency | str | None = None, timeout: float | None = None
+    ) -> bool:
+        """Whether the key holds a value."""
+        return await self._one(Kind.GET, key, consistency, timeout) is not None
+
+    async def put(
+        self,
+        key: str,
+        value: bytes,
+        *,
+        ttl_seconds: float | None = None,
+        consistency: Consistency | str | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Stores a value, last writer wins; returns its version. With `ttl_seconds` it expires.
+
+        Raises InvalidKey, InvalidValue, InvalidTTL; Unavailable (nothing written); OutcomeUnknown; ClockSkew.
+        """
+        raw, value = encode_key(key), check_value(value)
+        if ttl_seconds is None and consistency is None and timeout is None and len(value) < BULK_VALUE_BYTES:
+            batch = self._puts
+            if batch is None:
+                batch = self._puts = self._open(Kind.PUT, self._write or self._live().write_consistency, 0, None)
+        elif len(value) < BULK_VALUE_BYTES:
+            batch = self._batch(Kind.PUT, consistency, ttl_to_ms(ttl_seconds), timeout)
+        else:  # a large value is a batch of its own, so that it can take the bulk link
+            batch = self._open(Kind.PUT, self._level(Kind.PUT, consistency), ttl_to_ms(ttl_seconds), timeout)
+            batch.keys.append(raw)
+            batch.values.append(value)
+            batch.sink.futures.append(future := self._loop.create_future())  # type: ignore[attr-defined]
+            self._live().submit(batch)
+            return int(await future)
+        batch.keys.append(raw)
+        batch.values.append(value)
+        future = self._loop.create_future()
+        batch.sink.futures.append(future)  # type: ignore[attr-defined]
+        batch.bytes += len(value)
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+        if batch.bytes > BATCH_BYTES_MAX:
+            self._flush()
+        version: int = await future
+        return version
+
+    async def delete(
+        self, key: str, *, consistency: Consistency | str | None = None, timeout: float | None = None
+    ) -> bool:
+        """Deletes a key. True if one of the replicas that answered held a live value."""
+        return bool(await self._one(Kind.DELETE, key, consistency, timeout))
+
+    # --- many keys
+
+    async def get_many(
+        self, keys: Iterable[str], *, consistency: Consistency | str | None = None, timeout: float | None = None
+    ) -> dict[str, bytes | None]:
+        """The value of each key (None where there is none). Raises BatchError if some could not be read."""
+        names = list(keys)
+        records = await self._many(Kind.GET, names, None, 0, consistency, timeout)
+        return {name: None if record is None else record[HEADER:] for name, record in zip(names, records, strict=True)}
+
+    async def put_many(
+        self,
+        items: Mapping[str, bytes],
+        *,
+        ttl_seconds: float | None = None,
+        consistency: Consistency | str | None = None,
+        timeout: float | None = None,
+    ) -> dict[str, int]:
+        """Stores many values; returns their versions. Not atomic: raises BatchError with those that failed."""
+        names = list(items)
+        versions = await self._many(Kind.PUT, names, list(items.values()), ttl_to_ms(ttl_seconds), consistency, timeout)
+        return dict(zip(names, versions, strict=True))
+
+    async def delete_many(
+        self, keys: Iterable[str], *, consistency: Consistency | str | None = None, timeout: float | None = None
+    ) -> dict[str, bool]:
+        """Deletes many keys; tells which of them held a value. Not atomic: raises BatchError with those that failed."""
+        names = list(keys)
+        existed = await self._many(Kind.DELETE, names, None, 0, consistency, timeout)
+        return dict(zip(names, existed, strict=True))
+
+    # --- scans
+
+    async def scan(
+        self,
+        prefix: str = "",
+        limit: int = SCAN_LIMIT_MAX,
+        *,
+        start: str | None = None,
+        end: str | None = None,
+        consistency: Consistency | str | None = None,
+        timeout: float | None = None,
+    ) -> list[tuple[str, bytes]]:
+        """The first `limit` pairs in key order (UTF-8 bytes) under a prefix, or with start <= key < end.
+
+        Complete or an error: Unavailable where a part of the ring is not covered.
+        """
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise InvalidRequest(f"limit is a whole number above 0, not {limit!r}")
+        found: list[tuple[str, bytes]] = []
+        async for pair in self.iterate(
+            prefix, page_size=min(limit, SCAN_LIMIT_MAX), start=start, end=end, consistency=consistency, timeout=timeout
+        ):
+            found.append(pair)
+            if len(found) == limit:
+                break
+        return found
+
+    async def iterate(
+        self,
+        prefix: str = "",
+        *,
+        page_size: int = SCAN_LIMIT_MAX,
+        start: str | None = None,
+        end: str | None = None,
+        consistency: Consistency | str | None = None,
+        timeout: float | None = None,
+    ) -> AsyncIterator[tuple[str, bytes]]:
+        """Pairs in key order, fetched a page at a time; `timeout` holds for each page.
+
+        A key that exists throughout is returned exactly once; one that comes or goes meanwhile may be or not be.
+        """
+        if not 1 <= page_size <= SCAN_LIMIT_MAX:
+            raise InvalidRequest(f"page_size is 1 to {SCAN_LIMIT_MAX}, not {page_size}")
+        session = self._live()
+        low = encode_key(prefix) if prefix else b""
+        high = prefix_end(low) if prefix else b""
+        if start is not None:
+            low = max(low, encode_key(start))
+        if end is not None:
+            high = min(high, encode_key(end)) if high else encode_key(end)
+        level = self._level(Kind.GET, consistency)
+        timeout_s = self._timeout_s if timeout is None else _check_timeout(timeout)
+        while True:
+            page = await session.scan(Scan(0, level, 0, low, high, page_size), timeout_s)
+            for key, record in zip(page.keys, page.records, strict=True):
+                yield key.decode(), record[HEADER:]
+            if not page.next:
+                return
+            low = page.next
+
+    # --- the cluster
+
+    async def stats(self) -> dict[str, dict[str, Any]]:
+        """Counters of every node by node id; `{"error": ...}` for one that does not answer."""
+        session = self._live()
+        names = sorted(session.nodes)
+        answers = await asyncio.gather(*(session.query(name, "stats") for name in names), return_exceptions=True)
+        return {name: _or_error(answer) for name, answer in zip(names, answers, strict=True)}
+
+    async def status(self) -> dict[str, dict[str, Any]]:
+        """State of every node by node id (queries.py); `{"error": ...}` for one that does not answer."""
+        session = self._live()
+        names = sorted(session.nodes)
+        answers = await asyncio.gather(*(session.query(name, "status") for name in names), return_exceptions=True)
+        return {name: _or_error(answer) for name, answer in zip(names, answers, strict=True)}
+
+    async def topology(self) -> dict[str, Any]:
+        """Epoch, settings and members of the cluster, asked anew."""
+        session = self._live()
+        topology: dict[str, Any] = await session.query(self._any(), "topology")
+        return topology
+
+    async def locate(self, key: str) -> dict[str, Any]:
+        """Token and replicas of a key, and what each replica holds."""
+        located: dict[str, Any] = await self._live().query(self._any(), "locate", encode_key(key))
+        return located
+
+    # --- inside
+
+    def _live(self) -> Session:
+        session = self._session
+        if session is None:
+            raise ClientClosed("the client is not connected: call connect() first")
+        if session.closed:
+            raise ClientClosed("the client is closed")
+        return session
+
+    def _any(self) -> str:
+        up = self._live().up
+        return up[self._rng.randrange(len(up))].node_id if up else ""
+
+    def _level(self, kind: Kind, consistency: Consistency | str | None) -> Consistency:
+        if consistency is not None:
+            return Consistency.parse(consistency)
+        session = self._live()
+        if kind is Kind.GET:
+            return self._read or session.read_consistency
+        return self._write or session.write_consistency
+
+    def _open(self, kind: Kind, level: Consistency, ttl_ms: int, timeout: float | None) -> Batch:
+        self._live()
+        timeout_s = self._timeout_s if timeout is None else _check_timeout(timeout)
+        return Batch(kind, level, self._clock.monotonic() + timeout_s, ttl_ms, Futures())
+
+    def _batch(self, kind: Kind, consistency: Consistency | str | None, ttl_ms: int, timeout: float | None) -> Batch:
+        """The open batch of this turn for calls of one kind, level, TTL and timeout."""
+        level = self._level(kind, consistency)
+        name = (kind, level, ttl_ms, -1.0 if timeout is None else timeout)
+        batch = self._others.get(name)
+        if batch is None:
+            batch = self._others[name] = self._open(kind, level, ttl_ms, timeout)
+        return batch
+
+    async def _one(self, kind: Kind, key: str, consistency: Consistency | str | None, timeout: float | None) -> Any:
+        raw = encode_key(key)
+        batch = self._batch(kind, consistency, 0, timeout)
+        batch.keys.append(raw)
+        future = self._loop.create_future()
+        batch.sink.futures.append(future)  # type: ignore[attr-defined]
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+        return await future
+
+    def _flush(self) -> None:
+        """Sends what this turn has collected."""
+        self._flushing = False
+        session = self._session
+        assert session is not None
+        gets, puts, others = self._gets, self._puts, self._others
+        self._gets = self._puts = None
+        if gets is not None:
+            session.submit(gets)
+        if puts is not None:
+            session.submit(puts)
+        if others:
+            self._others = {}
+            for batch in others.values():
+                if batch.keys:
+                    session.submit(batch)
+
+    async def _many(
+        self,
+        kind: Kind,
+        names: list[str],
+        values: list[bytes] | None,
+        ttl_ms: int,
+        consistency: Consistency | str | None,
+        timeout: float | None,
+    ) -> list[Any]:
+        session = self._live()
+        keys = [encode_key(name) for name in names]
+        if values is not None:
+            values = [check_value(value) for value in values]
+        level = self._level(kind, consistency)
+        if not keys:
+            return []
+        sink = Gathered(len(keys))
+        timeout_s = self._timeout_s if timeout is None else _check_timeout(timeout)
+        deadline = self._clock.monotonic() + timeout_s
+        for first, last in _split(keys, values):
+            batch = Batch(kind, level, deadline, ttl_ms, sink)
+            batch.keys = keys[first:last]
+            batch.values = values[first:last] if values is not None else []
+            if last - first < len(keys):
+                batch.places = list(range(first, last))
+            session.submit(batch)
+        await sink.done
+        if sink.errors:
+            raise BatchError({names[place]: error for place, error in sorted(sink.errors.items())})
+        return sink.results
+
+
+def _split(keys: list[bytes], values: list[bytes] | None) -> Iterable[tuple[int, int]]:
+    """Spans of a batch that each fit one frame."""
+    if values is None:
+        for first in range(0, len(keys), BATCH_KEYS_MAX):
+            yield first, min(first + BATCH_KEYS_MAX, len(keys))
+        return
+    sizes = list(map(len, values))
+    if len(keys) <= BATCH_KEYS_MAX and sum(sizes) <= BATCH_BYTES_MAX // 2:
+        yield 0, len(keys)
+        return
+    first = total = 0
+    for index, size in enumerate(sizes):
+        total += size + len(keys[index]) + 16
+        if index > first and (total > BATCH_BYTES_MAX or index - first >= BATCH_KEYS_MAX):
+            yield first, index
+            first, total = index, size
+    yield first, len(keys)
+
+
+def prefix_end(prefix: bytes) -> bytes:
+    """The least key above every key with this prefix; empty where there is none."""
+    cut = prefix.rstrip(b"\xff")
+    return cut[:-1] + bytes([cut[-1] + 1]) if cut else b""
+
+
+def _check_timeout(timeout: float) -> float:
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= TIMEOUT_S_MAX:
+        raise InvalidRequest(f"a timeout is above 0 and at most {TIMEOUT_S_MAX:g} seconds, not {timeout!r}")
+    return float(timeout)
+
+
+def _or_error(answer: Any) -> dict[str, Any]:
+    if isinstance(answer, DHTError):
+        return {"error": str(answer)}
+    if isinstance(answer, BaseException):
+        raise answer
+    return dict(answer)

@@ -1,0 +1,145 @@
+"""Batches under way at a client: what they carry, and where their results go.
+
+A batch is one request frame. Its results go into a sink by place: one future per caller where single calls of a loop
+turn were coalesced, one list for a `get_many`. What has to be tried again becomes a smaller batch with the same sink.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from agi.core.dht.errors import DHTError
+from agi.core.dht.protocol.messages import Delete, Get, Put
+from agi.core.dht.types import Consistency
+
+
+class Kind(enum.IntEnum):
+    GET = 0
+    PUT = 1
+    DELETE = 2
+
+
+class Sink(Protocol):
+    def ok(self, places: Sequence[int] | None, results: Sequence[Any]) -> None:
+        """Results of these places (None: all, in order)."""
+
+    def fail(self, places: Iterable[int], error: DHTError) -> None: ...
+
+
+class Futures:
+    """One future per key: coalesced single calls."""
+
+    __slots__ = ("futures",)
+
+    def __init__(self) -> None:
+        self.futures: list[asyncio.Future[Any]] = []
+
+    def ok(self, places: Sequence[int] | None, results: Sequence[Any]) -> None:
+        futures = self.futures if places is None else [self.futures[i] for i in places]
+        for future, result in zip(futures, results, strict=True):
+            if not future.done():  # a caller may have given up
+                future.set_result(result)
+
+    def fail(self, places: Iterable[int], error: DHTError) -> None:
+        for place in places:
+            if not self.futures[place].done():
+                self.futures[place].set_exception(error)
+
+
+class Gathered:
+    """One future for many keys: `done` is set when every place has a result or an error."""
+
+    __slots__ = ("_left", "done", "errors", "results")
+
+    def __init__(self, size: int) -> None:
+        self.results: list[Any] = [None] * size
+        self.errors: dict[int, DHTError] = {}
+        self._left = size
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def ok(self, places: Sequence[int] | None, results: Sequence[Any]) -> None:
+        if places is None:
+            self.results = list(results)
+        else:
+            for place, result in zip(places, results, strict=True):
+                self.results[place] = result
+        self._count(len(results))
+
+    def fail(self, places: Iterable[int], error: DHTError) -> None:
+        count = 0
+        for place in places:
+            self.errors[place] = error
+            count += 1
+        self._count(count)
+
+    def _count(self, finished: int) -> None:
+        self._left -= finished
+        if self._left <= 0 and not self.done.done():
+            self.done.set_result(None)
+
+
+class Batch:
+    """One request. `node` and `run_id` name the process that has it, `id` is the correlation id it was sent under."""
+
+    __slots__ = (
+        "attempts",
+        "bytes",
+        "consistency",
+        "deadline",
+        "id",
+        "keys",
+        "kind",
+        "node",
+        "places",
+        "run_id",
+        "sink",
+        "ttl_ms",
+        "values",
+    )
+
+    def __init__(self, kind: Kind, consistency: Consistency, deadline: float, ttl_ms: int, sink: Sink) -> None:
+        self.kind = kind
+        self.consistency = consistency
+        self.deadline = deadline
+        self.ttl_ms = ttl_ms
+        self.sink = sink
+        self.keys: list[bytes] = []
+        self.values: list[bytes] = []
+        self.places: list[int] | None = None
+        self.bytes = 0
+        self.attempts = 0
+        self.id = 0
+        self.node = ""
+        self.run_id = ""
+
+    def message(self, timeout_ms: int, retry: bool) -> Get | Put | Delete:
+        if self.kind is Kind.GET:
+            return Get(self.id, self.consistency, timeout_ms, self.keys)
+        if self.kind is Kind.PUT:
+            return Put(self.id, self.consistency, timeout_ms, self.keys, self.values, self.ttl_ms, retry)
+        return Delete(self.id, self.consistency, timeout_ms, self.keys, retry)
+
+    def part(self, indexes: Iterable[int]) -> Batch:
+        """The batch of these keys alone, results going to the same sink."""
+        part = Batch(self.kind, self.consistency, self.deadline, self.ttl_ms, self.sink)
+        part.attempts, part.node = self.attempts, self.node
+        part.places = []
+        for index in indexes:
+            part.keys.append(self.keys[index])
+            part.places.append(index if self.places is None else self.places[index])
+            if self.values:
+                part.values.append(self.values[index])
+        part.bytes = sum(map(len, part.keys)) + sum(map(len, part.values))
+        return part
+
+    def all_places(self) -> Iterable[int]:
+        return range(len(self.keys)) if self.places is None else self.places
+
+    def ok(self, results: Sequence[Any]) -> None:
+        self.sink.ok(self.places, results)
+
+    def fail(self, error: DHTError) -> None:
+        self.sink.fail(self.all_places(), error)

@@ -1,0 +1,582 @@
+"""A client's view of the cluster: links to every node, kept up, and batches on their way.
+
+The session finds the cluster from one live address, connects to every member, refreshes the member list, and moves a
+batch to another node when its node fails. A write whose fate is unknown is repeated only where that is safe: at the
+same process of the same node, under the same id (protocol/dedup.py); elsewhere only if the caller opted in (R10).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from agi.core.dht.client.batches import Batch, Kind
+from agi.core.dht.clock import Clock
+from agi.core.dht.errors import (
+    ClientClosed,
+    ConnectFailed,
+    DHTError,
+    LinkClosed,
+    NotReady,
+    OutcomeUnknown,
+    Overloaded,
+    ProtocolMismatch,
+    TransportError,
+    Truncated,
+    Unavailable,
+    from_wire,
+)
+from agi.core.dht.protocol.messages import (
+    DeleteReply,
+    GetReply,
+    Hello,
+    Message,
+    PutReply,
+    Query,
+    QueryReply,
+    Scan,
+    ScanReply,
+    WireError,
+)
+from agi.core.dht.protocol.timers import TICK_S, TimerWheel
+from agi.core.dht.ring import Ring
+from agi.core.dht.transport.base import Link, Transport
+from agi.core.dht.transport.codec import encode
+from agi.core.dht.transport.handshake import greet
+from agi.core.dht.types import BULK_VALUE_BYTES, PROTOCOL_VERSION, Consistency, Node, parse_address
+
+_log = structlog.get_logger("agi.core.dht.client")
+
+BACKOFF_FIRST_S = 0.05
+BACKOFF_MAX_S = 1.0
+REFRESH_S = 2.0
+QUERY_TIMEOUT_S = 2.0
+
+
+class Remote:
+    """One node as the client knows it."""
+
+    def __init__(self, node_id: str, address: str) -> None:
+        self.node_id = node_id
+        self.address = address
+        self.links: list[Link] = []
+        self.run_id = ""
+        self.down = asyncio.Event()
+        self.wake = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+
+    def send(self, frame: bytes) -> None:
+        links = self.links
+        if not links:
+            raise LinkClosed(f"{self.node_id} is not connected")
+        links[-1 if len(frame) >= BULK_VALUE_BYTES else 0].send_frame(frame)
+
+
+class Session:
+    """Links and batches of one client. All methods belong to one event loop.
+
+    Args:
+        unix: use a node's Unix socket where it is on this machine.
+        retry_count: tries beyond the first, for retryable errors.
+        retry_unknown: repeat plain writes whose outcome is unknown at other nodes too.
+    """
+
+    def __init__(
+        self,
+        seed: Transport,
+        data: Transport,
+        clock: Clock,
+        rng: random.Random,
+        *,
+        cluster: str,
+        pool_size: int,
+        retry_count: int,
+        retry_unknown: bool,
+        unix: bool,
+    ) -> None:
+        self._seed = seed
+        self._data = data
+        self._clock = clock
+        self._rng = rng
+        self._cluster = cluster
+        self._pool_size = pool_size
+        self._retry_count = retry_count
+        self._retry_unknown = retry_unknown
+        self._unix = unix
+        self._loop = asyncio.get_running_loop()
+        self._ids = 0
+        self._turn = 0
+        self._batches: dict[int, Batch] = {}
+        self._queries: dict[int, tuple[str, asyncio.Future[Any]]] = {}
+        self._lost: dict[str, list[Batch]] = {}
+        self._wheel: TimerWheel[int] = TimerWheel(clock.monotonic())
+        self._timer: asyncio.TimerHandle | None = None
+        self._refresher: asyncio.Task[None] | None = None
+        self.name = f"c{rng.getrandbits(48):012x}"
+        self.addresses: list[str] = []
+        self.nodes: dict[str, Remote] = {}
+        self.up: list[Remote] = []
+        """Connected nodes, sorted by name."""
+        self.ring: Ring | None = None
+        """None while every node holds every key."""
+        self.topology: dict[str, Any] = {}
+        self.read_consistency = Consistency.QUORUM
+        self.write_consistency = Consistency.QUORUM
+        self.closed = False
+
+    # --- finding the cluster
+
+    async def open(self, addresses: list[str], deadline: float) -> None:
+        """Learns the members from the first address that answers and connects to them. Raises ConnectFailed or what
+        the nodes answered."""
+        self.addresses = addresses
+        error: DHTError = ConnectFailed("no address was given")
+        while True:
+            for address in addresses:
+                remaining = deadline - self._clock.monotonic()
+                if remaining <= 0:
+                    raise error
+                try:
+                    async with asyncio.timeout(remaining):
+                        await self._learn(address)
+                except TimeoutError:
+                    error = ConnectFailed(f"{address} did not answer in time")
+                except DHTError as failure:
+                    if not failure.retryable:
+                        raise
+                    error = failure
+                else:
+                    if await self._connected(deadline):
+                        self._timer = self._loop.call_later(TICK_S, self._tick)
+                        self._refresher = self._loop.create_task(self._refresh())
+                        return
+                    error = ConnectFailed(f"the members that {address} named could not be reached")
+            await asyncio.sleep(min(0.1, max(0.0, deadline - self._clock.monotonic())))
+
+    async def _connected(self, deadline: float) -> bool:
+        """Waits for the links of all members, but not long for those that fail."""
+        patience = min(deadline, self._clock.monotonic() + 1.0)
+        while self._clock.monotonic() < deadline:
+            if self.up and (len(self.up) == len(self.nodes) or self._clock.monotonic() > patience):
+                return True
+            await asyncio.sleep(0.005)
+        return bool(self.up)
+
+    def hello(self) -> Hello:
+        return Hello(PROTOCOL_VERSION, "client", self.name, self._cluster)
+
+    async def _learn(self, address: str) -> None:
+        """Asks one node for the topology over its gRPC port."""
+        asked = _Asking(self)
+        link, _ = await greet(self._seed, address, self.hello(), asked)
+        try:
+            self.adopt(await self._query(link, "", Query(0, "topology", int(QUERY_TIMEOUT_S * 1000))))
+        finally:
+            link.close()
+
+    def adopt(self, topology: dict[str, Any]) -> None:
+        """Takes a member list; connects to who is new and lets go of who is gone."""
+        self.topology = topology
+        self._cluster = self._cluster or topology["cluster"]
+        self.read_consistency = Consistency.parse(topology["read_consistency"])
+        self.write_consistency = Consistency.parse(topology["write_consistency"])
+        members = {member["node_id"]: member for member in topology["members"]}
+        for name in [name for name in self.nodes if name not in members]:
+            self._drop(self.nodes.pop(name))
+        for name, member in members.items():
+            if name not in self.nodes:
+                remote = self.nodes[name] = Remote(name, member["address"])
+                remote.task = self._loop.create_task(self._keep(remote))
+        if len(members) <= topology["factor"]:
+            self.ring = None
+        elif self.ring is None or {node.node_id for node in self.ring.nodes} != set(members):
+            nodes = []
+            for name, member in members.items():
+                host, port = parse_address(member["address"])
+                labels = {label: member[label] for label in ("rack", "zone") if member[label]}
+                nodes.append(Node(name, host, port, member["weight"], topology["virtual_nodes"], labels))
+            self.ring = Ring(nodes, topology["hash_algorithm"], topology["factor"])
+
+    async def _refresh(self) -> None:
+        """Keeps up with the cluster: asks a connected node, or any address ever known."""
+        while True:
+            await asyncio.sleep(REFRESH_S * (0.75 + self._rng.random() / 2))
+            try:
+                if self.up:
+                    self.adopt(await self.query(self.up[self._rng.randrange(len(self.up))].node_id, "topology"))
+                else:
+                    known = [*self.addresses, *(remote.address for remote in self.nodes.values())]
+                    async with asyncio.timeout(QUERY_TIMEOUT_S):
+                        await self._learn(known[self._rng.randrange(len(known))])
+            except (DHTError, TimeoutError) as error:
+                _log.debug("refresh_failed", error=str(error))
+
+    def _drop(self, remote: Remote) -> None:
+        if remote.task is not None:
+            remote.task.cancel()
+        for link in remote.links:
+            link.close()
+
+    # --- links
+
+    async def _keep(self, remote: Remote) -> None:
+        backoff_s = BACKOFF_FIRST_S
+        while True:
+            try:
+                await self._connect(remote)
+            except DHTError as error:
+                _log.debug("node_unreachable", node=remote.node_id, error=str(error))
+                self._give_up(remote)
+                try:
+                    async with asyncio.timeout(backoff_s * (0.5 + self._rng.random())):
+                        await remote.wake.wait()
+                except TimeoutError:
+                    backoff_s = min(BACKOFF_MAX_S, backoff_s * 2)
+                remote.wake.clear()
+                continue
+            backoff_s = BACKOFF_FIRST_S
+            self._resend(remote)
+            await remote.down.wait()
+
+    async def _connect(self, remote: Remote) -> None:
+        handler = _NodeHandler(self, remote)
+        seed, hello = await greet(self._seed, remote.address, self.hello(), handler)
+        if hello.name != remote.node_id:
+            seed.close()
+            raise ProtocolMismatch(f"{remote.address} answered as {hello.name}, not {remote.node_id}")
+        links: list[Link] = []
+        try:
+            for _ in range(self._pool_size):
+                links.append(await self._connect_data(hello, handler))
+        except DHTError as error:
+            for link in links:
+                link.close()
+            if not isinstance(error, ConnectFailed):
+                seed.close()
+                raise
+            _log.info("native_port_unreachable", node=remote.node_id, error=str(error), using="gRPC")
+            links = [seed]  # only the gRPC port can be reached: its tunnel carries the same frames
+        else:
+            seed.close()
+        if any(link.closed for link in links):
+            raise LinkClosed(f"{remote.node_id} closed the link again")
+        remote.run_id = hello.run_id
+        remote.links = links
+        remote.down.clear()
+        self.up = sorted([*self.up, remote], key=lambda known: known.node_id)
+
+    async def _connect_data(self, hello: Hello, handler: _NodeHandler) -> Link:
+        address = hello.data_address
+        if self._unix and hello.unix_path and Path(hello.unix_path).is_socket():  # noqa: ASYNC240  # once a link
+            with contextlib.suppress(ConnectFailed):  # another machine's path may exist here too
+                link, theirs = await greet(self._data, f"unix:{hello.unix_path}", self.hello(), handler)
+                if theirs.run_id == hello.run_id:
+                    return link
+                link.close()
+        link, _ = await greet(self._data, address, self.hello(), handler)
+        return link
+
+    def link_lost(self, remote: Remote, link: Link, error: DHTError | None) -> None:
+        if link not in remote.links:
+            return
+        links, remote.links = remote.links, []
+        self.up = [other for other in self.up if other is not remote]
+        for other in links:
+            other.close()
+        lost = [batch for batch in self._batches.values() if batch.node == remote.node_id]
+        reason = error or LinkClosed(f"{remote.node_id} closed the link")
+        for name, future in list(self._queries.values()):
+            if name == remote.node_id and not future.done():
+                future.set_exception(Unavailable(reason.message))
+        remote.wake.set()
+        remote.down.set()
+        for batch in lost:
+            del self._batches[batch.id]
+            if batch.kind is Kind.GET:
+                self._again(batch, reason)
+            else:  # the same process may still answer for it
+                self._lost.setdefault(remote.node_id, []).append(batch)
+
+    def _resend(self, remote: Remote) -> None:
+        """The node is connected again: the writes that it had are asked for under their old ids."""
+        for batch in self._lost.pop(remote.node_id, []):
+            if batch.run_id == remote.run_id:
+                self._send(batch, remote, retry=True)
+            else:
+                self._unknown(batch, LinkClosed(f"{remote.node_id} restarted"))
+
+    def _give_up(self, remote: Remote) -> None:
+        for batch in self._lost.pop(remote.node_id, []):
+            self._unknown(batch, LinkClosed(f"{remote.node_id} was lost"))
+
+    # --- batches
+
+    def submit(self, batch: Batch) -> None:
+        """Sends a batch to a node that holds its keys; the result goes to its sink by its deadline."""
+        self._route(batch, set())
+
+    def _route(self, batch: Batch, avoid: set[str]) -> None:
+        self._turn += 1
+        if self.closed:
+            batch.fail(ClientClosed("the client is closed"))
+            return
+        up = [remote for remote in self.up if remote.node_id not in avoid] or self.up
+        if not up:
+            self._later(batch, Unavailable("no node is reachable"))
+            return
+        if self.ring is None:
+            self._send(batch, up[self._turn % len(up)], retry=False)
+            return
+        by_node: dict[str, list[int]] = {}
+        names = [remote.node_id for remote in up]
+        start = self._turn % len(names)
+        rank = {name: index for index, name in enumerate(names[start:] + names[:start])}
+        for index, key in enumerate(batch.keys):
+            replicas = [name for name in self.ring.replicas(key) if name in rank]
+            # prefer a replica that this batch already goes to: fewer frames
+            name = next((name for name in replicas if name in by_node), None) or min(
+                replicas, key=rank.__getitem__, default=names[start]
+            )
+            by_node.setdefault(name, []).append(index)
+        for name, indexes in by_node.items():
+            part = batch if len(by_node) == 1 else batch.part(indexes)
+            self._send(part, self.nodes[name], retry=False)
+
+    def _send(self, batch: Batch, remote: Remote, *, retry: bool) -> None:
+        if not retry:
+            self._ids += 1
+            batch.id = self._ids
+        batch.node, batch.run_id = remote.node_id, remote.run_id
+        left_ms = (batch.deadline - self._clock.monotonic()) * 1000
+        if left_ms <= 0:
+            self._expire(batch)
+            return
+        # the node answers first, so that its error arrives before this side gives up
+        message = batch.message(max(1, int(left_ms - min(150, left_ms / 4))), retry)
+        try:
+            remote.send(encode(message))
+        except (TransportError, Overloaded) as error:
+            self._again(batch, error)
+            return
+        self._batches[batch.id] = batch
+        self._wheel.add(batch.deadline, batch.id)
+
+    def _again(self, batch: Batch, error: DHTError) -> None:
+        """Nothing was written: try another node while that is worth it."""
+        batch.attempts += 1
+        if batch.attempts > self._retry_count or self._clock.monotonic() >= batch.deadline:
+            batch.fail(error if not isinstance(error, TransportError) else Unavailable(str(error)))
+        elif isinstance(error, TransportError) and any(r.node_id != batch.node for r in self.up):
+            self._route(batch, {batch.node})
+        else:
+            self._later(batch, error)
+
+    def _later(self, batch: Batch, error: DHTError) -> None:
+        delay_s = min(0.5, 0.02 * 2**batch.attempts) * (0.5 + self._rng.random())
+        if self._clock.monotonic() + delay_s >= batch.deadline:
+            batch.fail(error)
+            return
+        batch.node = ""
+        self._loop.call_later(delay_s, self._route, batch, {batch.node})
+
+    def _unknown(self, batch: Batch, error: DHTError) -> None:
+        """A write that may or may not have happened."""
+        if self._retry_unknown and self._clock.monotonic() < batch.deadline and batch.attempts < self._retry_count:
+            batch.attempts += 1
+            self._route(batch, {batch.node})
+        else:
+            batch.fail(OutcomeUnknown(f"the write may or may not have happened: {error.message}"))
+
+    def receive(self, message: msgspec.Struct) -> None:
+        """A reply, from whatever link."""
+        kind = message.__class__
+        if kind is GetReply:
+            self._settle(message.id, message.records, message.errors, message.error)  # type: ignore[attr-defined]
+        elif kind is PutReply:
+            self._settle(message.id, message.versions, message.errors, message.error)  # type: ignore[attr-defined]
+        elif kind is DeleteReply:
+            self._settle(message.id, message.existed, message.errors, message.error)  # type: ignore[attr-defined]
+        elif isinstance(message, ScanReply | QueryReply):
+            _, future = self._queries.get(message.id, ("", None))
+            if future is not None and not future.done():
+                future.set_result(message)
+        else:
+            raise ProtocolMismatch(f"{kind.__name__} is no reply")
+
+    def _settle(
+        self, number: int, results: list[Any], errors: list[tuple[int, WireError]] | None, error: WireError | None
+    ) -> None:
+        batch = self._batches.pop(number, None)
+        if batch is None:
+            return
+        if error is not None:
+            self._failed(batch, from_wire(*error))
+        elif errors is None:
+            if len(results) == len(batch.keys):
+                batch.ok(results)
+            else:
+                batch.fail(ProtocolMismatch(f"{batch.node} answered another batch"))
+        else:
+            self._settle_partly(batch, results, errors)
+
+    def _settle_partly(self, batch: Batch, results: list[Any], errors: list[tuple[int, WireError]]) -> None:
+        failed: dict[WireError, list[int]] = {}
+        for index, wire in errors:
+            failed.setdefault(wire, []).append(index)
+        bad = {index for index, _ in errors}
+        good = [index for index in range(len(batch.keys)) if index not in bad]
+        if good:
+            batch.part(good).ok([results[index] for index in good])
+        for wire, indexes in failed.items():
+            part = batch.part(indexes)
+            self._failed(part, from_wire(*wire), progress=bool(good))
+
+    def _failed(self, batch: Batch, error: DHTError, progress: bool = False) -> None:
+        if isinstance(error, OutcomeUnknown) and batch.kind is not Kind.GET:
+            self._unknown(batch, error)
+        elif not error.retryable:
+            batch.fail(error)
+        elif progress and isinstance(error, Truncated):
+            self._route(batch, set())  # the rest of a reply that was cut
+        elif isinstance(error, NotReady):
+            batch.attempts += 1
+            self._retry_elsewhere(batch, error)
+        else:
+            self._again(batch, error)
+
+    def _retry_elsewhere(self, batch: Batch, error: DHTError) -> None:
+        others = [remote for remote in self.up if remote.node_id != batch.node]
+        if batch.attempts > self._retry_count:
+            batch.fail(error)
+        elif others:
+            self._route(batch, {batch.node})
+        else:
+            self._later(batch, error)
+
+    def _tick(self) -> None:
+        now = self._clock.monotonic()
+        for number in self._wheel.advance(now):
+            batch = self._batches.pop(number, None)
+            if batch is not None:
+                self._expire(batch)
+        for name, lost in self._lost.items():
+            self._lost[name] = [batch for batch in lost if batch.deadline > now]
+            for batch in lost:
+                if batch.deadline <= now:
+                    self._expire(batch)
+        self._timer = self._loop.call_later(TICK_S, self._tick)
+
+    def _expire(self, batch: Batch) -> None:
+        if batch.kind is Kind.GET:
+            batch.fail(Unavailable("no answer by the deadline"))
+        else:
+            batch.fail(OutcomeUnknown("no answer by the deadline: the write may or may not have happened"))
+
+    # --- rare requests
+
+    async def query(self, node_id: str, what: str, key: bytes = b"", timeout_s: float = QUERY_TIMEOUT_S) -> Any:
+        """A node's answer to a question (queries.py). Raises Unavailable, or what the node answered."""
+        remote = self.nodes.get(node_id)
+        if remote is None or not remote.links:
+            raise Unavailable(f"{node_id} is not connected")
+        return await self._query(remote.links[0], node_id, Query(0, what, int(timeout_s * 1000), key), timeout_s)
+
+    async def _query(self, link: Link, name: str, query: Query, timeout_s: float = QUERY_TIMEOUT_S) -> Any:
+        reply = await self._call(link, name, query, timeout_s)
+        assert isinstance(reply, QueryReply)
+        if reply.error is not None:
+            raise from_wire(*reply.error)
+        return msgspec.msgpack.decode(reply.body)
+
+    async def scan(self, request: Scan, timeout_s: float) -> ScanReply:
+        """One page. Tries other nodes on retryable errors until the deadline."""
+        deadline = self._clock.monotonic() + timeout_s
+        attempts = 0
+        while True:
+            if self.closed:
+                raise ClientClosed("the client is closed")
+            left_s = deadline - self._clock.monotonic()
+            error: DHTError = Unavailable("no node is reachable")
+            if self.up and left_s > 0:
+                self._turn += 1
+                remote = self.up[self._turn % len(self.up)]
+                request.timeout_ms = max(1, int(left_s * 1000 - min(150, left_s * 250)))
+                try:
+                    reply = await self._call(remote.links[0], remote.node_id, request, left_s)
+                    assert isinstance(reply, ScanReply)
+                    if reply.error is None:
+                        return reply
+                    error = from_wire(*reply.error)
+                except DHTError as failure:
+                    error = failure
+            attempts += 1
+            if not error.retryable or attempts > self._retry_count or left_s <= 0:
+                raise error
+            await asyncio.sleep(min(0.02 * 2**attempts, max(0.0, left_s)))
+
+    async def _call(self, link: Link, name: str, message: Query | Scan, timeout_s: float) -> Message:
+        self._ids += 1
+        message.id = number = self._ids
+        future: asyncio.Future[Message] = self._loop.create_future()
+        self._queries[number] = (name, future)
+        try:
+            link.send(message)
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except TimeoutError:
+            raise Unavailable(f"{name or link.peer} did not answer within {timeout_s:g} s") from None
+        finally:
+            del self._queries[number]
+
+    async def close(self) -> None:
+        """Ends everything; calls under way fail with ClientClosed."""
+        self.closed = True
+        error = ClientClosed("the client was closed")
+        tasks = [task for task in (self._refresher, *(r.task for r in self.nodes.values())) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._timer is not None:
+            self._timer.cancel()
+        for batch in [*self._batches.values(), *(b for lost in self._lost.values() for b in lost)]:
+            batch.fail(error)
+        self._batches.clear()
+        self._lost.clear()
+        for _, future in self._queries.values():
+            if not future.done():
+                future.set_exception(error)
+        for remote in self.nodes.values():
+            links, remote.links = remote.links, []
+            for link in links:
+                link.close()
+        self.up = []
+
+
+class _NodeHandler:
+    def __init__(self, session: Session, remote: Remote) -> None:
+        self._receive = session.receive
+        self._lost = partial(session.link_lost, remote)
+
+    def message(self, link: Link, message: msgspec.Struct) -> None:
+        self._receive(message)
+
+    def link_closed(self, link: Link, error: DHTError | None) -> None:
+        self._lost(link, error)
+
+
+class _Asking:
+    def __init__(self, session: Session) -> None:
+        self._receive = session.receive
+
+    def message(self, link: Link, message: msgspec.Struct) -> None:
+        self._receive(message)
+
+    def link_closed(self, link: Link, error: DHTError | None) -> None:
+        return None

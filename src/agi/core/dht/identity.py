@@ -1,0 +1,105 @@
+"""What a data folder knows about its node: who it is, how often it started, what it voted for, what it belongs to.
+
+All of it lives in the store itself (`put_meta`, always synced), so that it is lost exactly when the data is.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TypeVar
+
+import msgspec
+
+from agi.core.dht.config import Config
+from agi.core.dht.errors import FolderMismatch, StorageCorrupt
+from agi.core.dht.storage.base import StorageBackend
+from agi.core.dht.topology import Topology, unpack
+
+T = TypeVar("T")
+
+_IDENTITY, _TOPOLOGY, _VOTE, _BOOTS, _ADDRESSES = "identity", "topology", "vote", "boots", "addresses"
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """One start of one node on one disk. `run_id` is random per process."""
+
+    node_id: str
+    disk_id: str
+    cluster: str
+    boot: int
+    run_id: str = ""
+
+
+class Ledger:
+    """Reads and writes the node's own facts in its store."""
+
+    def __init__(self, store: StorageBackend) -> None:
+        self._store = store
+
+    async def open(self, node_id: str, config: Config, rng: random.Random) -> Identity:
+        """Checks that the folder is this node's, raises its boot counter and stores it before anything else happens
+        (I3). A new folder gets a new disk id. Raises FolderMismatch."""
+        raw = await self._store.get_meta(_IDENTITY)
+        run_id = f"{rng.getrandbits(64):016x}"
+        if raw is None:
+            identity = Identity(node_id, f"{rng.getrandbits(128):032x}", config.cluster.name, 1, run_id)
+        else:
+            known = _decode(raw, Identity)
+            if known.node_id != node_id:
+                raise FolderMismatch(f"the data folder belongs to node {known.node_id}, not {node_id}")
+            if known.cluster != config.cluster.name:
+                raise FolderMismatch(f"the data folder belongs to cluster {known.cluster}, not {config.cluster.name}")
+            identity = Identity(known.node_id, known.disk_id, known.cluster, known.boot + 1, run_id)
+        topology = await self.topology()
+        if topology is not None:
+            await self._check_set(config, topology)
+        await self._store.put_meta(_IDENTITY, msgspec.msgpack.encode(identity))
+        return identity
+
+    async def _check_set(self, config: Config, topology: Topology) -> None:
+        for what, ours, theirs in (
+            ("replication factor", config.replication.factor, topology.factor),
+            ("virtual nodes", config.ring.virtual_nodes, topology.virtual_nodes),
+            ("hash algorithm", config.ring.hash_algorithm, topology.hash_algorithm),
+        ):
+            if ours != theirs:
+                raise FolderMismatch(f"the data folder's cluster has {what} {theirs}, the configuration says {ours}")
+        raw = await self._store.get_meta(_ADDRESSES)
+        known = set(_decode(raw, list[str])) if raw else set()
+        known |= {member.address for member in topology.members}
+        strangers = [address for address in config.cluster.bootstrap_nodes if address not in known]
+        if strangers:
+            raise FolderMismatch(
+                f"the data folder's cluster was formed by other peers: it does not know {', '.join(strangers)}"
+            )
+
+    async def topology(self) -> Topology | None:
+        raw = await self._store.get_meta(_TOPOLOGY)
+        return None if raw is None else unpack(raw)
+
+    async def store_topology(self, topology: Topology, addresses: list[str]) -> None:
+        """Durable before anybody hears of it (T2). `addresses` are the names under which the members were reached."""
+        await self._store.put_meta(_ADDRESSES, msgspec.msgpack.encode(addresses))
+        await self._store.put_meta(_TOPOLOGY, topology.packed)
+
+    async def vote(self) -> Topology | None:
+        raw = await self._store.get_meta(_VOTE)
+        return None if raw is None else unpack(raw)
+
+    async def store_vote(self, topology: Topology) -> None:
+        await self._store.put_meta(_VOTE, topology.packed)
+
+    async def boots(self) -> dict[str, int]:
+        """The highest boot counter seen of each `node id/disk id`."""
+        raw = await self._store.get_meta(_BOOTS)
+        return {} if raw is None else _decode(raw, dict[str, int])
+
+    async def store_boots(self, boots: dict[str, int]) -> None:
+        await self._store.put_meta(_BOOTS, msgspec.msgpack.encode(boots))
+
+
+def _decode(raw: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.msgpack.decode(raw, type=kind)
+    except msgspec.DecodeError as error:
+        raise StorageCorrupt(f"the store's own facts cannot be read: {error}") from None

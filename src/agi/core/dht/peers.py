@@ -1,0 +1,203 @@
+"""This node's links to the others: one for small messages and, for bulk, the rest of a small pool.
+
+Each peer has a task that connects, says hello, waits for the link to break and connects again with backoff. A peer is
+in `connected` exactly while its links are up. Its data address is learnt from its gRPC address each time, since ports
+may change with a restart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+
+import msgspec
+import structlog
+
+from agi.core.dht.errors import DHTError, LinkClosed, ProtocolMismatch
+from agi.core.dht.protocol.latency import Quantile
+from agi.core.dht.protocol.messages import Hello
+from agi.core.dht.topology import Member
+from agi.core.dht.transport.base import Link, Transport
+from agi.core.dht.transport.handshake import greet
+from agi.core.dht.types import BULK_VALUE_BYTES
+
+_log = structlog.get_logger("agi.core.dht.peers")
+
+BACKOFF_FIRST_S = 0.05
+BACKOFF_MAX_S = 1.0
+HEDGE_FLOOR_S = 0.002
+"""A hedge is never sent sooner: below this, scheduling noise is most of a reply's latency."""
+
+
+class Peer:
+    """Another member and the links to it."""
+
+    def __init__(self, member: Member, hedge_percentile: float) -> None:
+        self.node_id = member.node_id
+        self.member = member
+        self.links: list[Link] = []
+        self.hello: Hello | None = None
+        self.latency = Quantile(hedge_percentile, start_s=0.02, floor_s=HEDGE_FLOOR_S)
+        self.down = asyncio.Event()
+        self.last_error = "not connected yet"
+        self._bulk = 0
+
+    def send(self, frame: bytes) -> None:
+        """Queues a frame: large ones on the bulk links. Raises LinkClosed, Overloaded."""
+        links = self.links
+        if not links:
+            raise LinkClosed(f"{self.node_id} is not connected")
+        if len(frame) < BULK_VALUE_BYTES or len(links) == 1:
+            links[0].send_frame(frame)
+            return
+        self._bulk += 1
+        links[1 + self._bulk % (len(links) - 1)].send_frame(frame)
+
+    @property
+    def waiting_bytes(self) -> int:
+        return sum(getattr(link, "waiting_bytes", 0) for link in self.links)
+
+
+class Peers:
+    """Keeps a link to every other member.
+
+    Args:
+        seed: the transport that reaches gRPC addresses; `data` reaches data addresses.
+        hello: makes this node's Hello of the moment.
+        check: judges a peer's Hello; raises a ClusterError to refuse it.
+        on_message: gets each message of a peer after its Hello.
+        on_lost: told when a connected peer's links broke.
+    """
+
+    def __init__(
+        self,
+        seed: Transport,
+        data: Transport,
+        *,
+        hello: Callable[[], Hello],
+        check: Callable[[Hello], None],
+        on_message: Callable[[Peer, msgspec.Struct], None],
+        on_lost: Callable[[str, DHTError], None],
+        rng: random.Random,
+        pool_size: int,
+        hedge_percentile: float,
+    ) -> None:
+        self._seed = seed
+        self._data = data
+        self._hello = hello
+        self._check = check
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._rng = rng
+        self._pool_size = pool_size
+        self._hedge_percentile = hedge_percentile
+        self.all: dict[str, Peer] = {}
+        self.connected: dict[str, Peer] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
+
+    def start(self, members: list[Member]) -> None:
+        for member in members:
+            peer = self.all[member.node_id] = Peer(member, self._hedge_percentile)
+            task = asyncio.get_running_loop().create_task(self._keep(peer), name=f"peer {member.node_id}")
+            self._tasks.append(task)
+
+    async def stop(self) -> None:
+        self._stopping = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for peer in self.all.values():
+            for link in peer.links:
+                link.close()
+            peer.links = []
+        self.connected.clear()
+
+    async def _keep(self, peer: Peer) -> None:
+        backoff_s = BACKOFF_FIRST_S
+        while True:
+            try:
+                await self._connect(peer)
+            except DHTError as error:
+                if peer.last_error != str(error):
+                    peer.last_error = str(error)
+                    _log.warning("peer_unreachable", peer=peer.node_id, error=str(error))
+                await asyncio.sleep(backoff_s * (0.5 + self._rng.random()))
+                backoff_s = min(BACKOFF_MAX_S, backoff_s * 2)
+                continue
+            backoff_s = BACKOFF_FIRST_S
+            peer.last_error = ""
+            _log.info("peer_connected", peer=peer.node_id)
+            await peer.down.wait()
+
+    async def _connect(self, peer: Peer) -> None:
+        handler = _PeerHandler(self, peer)
+        nobody = _Nobody()
+        link, hello = await greet(self._seed, peer.member.address, self._hello(), nobody)
+        link.close()
+        self._identify(peer, hello)
+        links: list[Link] = []
+        try:
+            for _ in range(self._pool_size):
+                link, hello = await greet(self._data, hello.data_address, self._hello(), handler)
+                links.append(link)
+                self._identify(peer, hello)
+        except BaseException:
+            for link in links:
+                link.close()
+            raise
+        if any(link.closed for link in links):
+            for link in links:
+                link.close()
+            raise LinkClosed(f"{peer.node_id} closed the link again")
+        peer.hello = hello
+        peer.links = links
+        peer.down.clear()
+        self.connected[peer.node_id] = peer
+
+    def _identify(self, peer: Peer, hello: Hello) -> None:
+        if hello.name != peer.node_id:
+            raise ProtocolMismatch(f"{peer.member.address} answered as {hello.name}, not {peer.node_id}")
+        self._check(hello)
+
+    def _link_lost(self, peer: Peer, link: Link, error: DHTError | None) -> None:
+        if link not in peer.links:
+            return
+        links, peer.links = peer.links, []
+        self.connected.pop(peer.node_id, None)
+        for other in links:
+            other.close()
+        reason = error or LinkClosed(f"{peer.node_id} closed the link")
+        peer.last_error = str(reason)
+        if not self._stopping:
+            _log.warning("peer_lost", peer=peer.node_id, error=str(reason))
+            self._on_lost(peer.node_id, reason)
+        peer.down.set()
+
+    def deliver(self, peer: Peer, message: msgspec.Struct) -> None:
+        self._on_message(peer, message)
+
+
+class _PeerHandler:
+    __slots__ = ("_peer", "_peers")
+
+    def __init__(self, peers: Peers, peer: Peer) -> None:
+        self._peers = peers
+        self._peer = peer
+
+    def message(self, link: Link, message: msgspec.Struct) -> None:
+        self._peers.deliver(self._peer, message)
+
+    def link_closed(self, link: Link, error: DHTError | None) -> None:
+        self._peers._link_lost(self._peer, link, error)
+
+
+class _Nobody:
+    """For links that end after the Hello."""
+
+    def message(self, link: Link, message: msgspec.Struct) -> None:
+        raise ProtocolMismatch("nothing was asked on this link")
+
+    def link_closed(self, link: Link, error: DHTError | None) -> None:
+        return None

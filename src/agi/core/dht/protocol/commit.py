@@ -1,0 +1,140 @@
+"""Group commit: all writes at hand go to the disk behind one sync, and nobody hears of them before it.
+
+The law (PROTOCOLS D1, D2): a reply that tells of a write leaves after the sync that made the write durable; that holds
+for acknowledgements and for reads that saw the write. After a failed sync nothing is ever acknowledged again.
+
+Two groups exist at any time: `flying`, whose sync is under way, and `open`, which collects the next. A write joins the
+open group; if nothing flies, the group takes off. The driver performs the effects in the order given and reports the
+end of each sync with `synced` or `failed`.
+
+    submit(w1) -> Commit(g1)      g1 flies with w1
+    submit(w2) -> -               w2 waits in the open group
+    synced()   -> Release(w1's reply), Commit(g2)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from agi.core.dht.errors import DHTError, Overloaded
+from agi.core.dht.protocol.record import HEADER
+
+T = TypeVar("T")
+
+GROUP_BYTES_MAX = 64 * 1024 * 1024
+"""Past this the open group takes no more: callers get Overloaded until the disk has caught up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Write these records as one batch, then sync; report with `synced` or `failed`."""
+
+    records: dict[bytes, bytes]
+    inserts: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Release(Generic[T]):
+    """These replies may leave: what they tell of is durable."""
+
+    replies: list[T]
+
+
+@dataclass(frozen=True, slots=True)
+class Fail(Generic[T]):
+    """These replies may never leave: answer with the error instead."""
+
+    replies: list[T]
+    error: DHTError
+
+
+Effect = Commit | Release[T] | Fail[T]
+
+
+class _Group(Generic[T]):
+    __slots__ = ("bytes", "inserts", "records", "replies")
+
+    def __init__(self) -> None:
+        self.records: dict[bytes, bytes] = {}
+        self.inserts: list[bytes] = []
+        self.replies: list[T] = []
+        self.bytes = 0
+
+
+class GroupCommit(Generic[T]):
+    """The state machine. `T` is whatever the driver needs to send a reply later."""
+
+    __slots__ = ("_flying", "_open", "error", "groups", "writes")
+
+    def __init__(self) -> None:
+        self._open: _Group[T] = _Group()
+        self._flying: _Group[T] | None = None
+        self.error: DHTError | None = None
+        self.groups = 0
+        self.writes = 0
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is unsynced: every record that a reader can see is durable."""
+        return self._flying is None and not self._open.replies and not self._open.records
+
+    def overlay(self, key: bytes) -> bytes | None:
+        """The unsynced record of a key, if there is one. Whoever shows it must `park` the reply."""
+        found = self._open.records.get(key)
+        if found is None and self._flying is not None:
+            found = self._flying.records.get(key)
+        return found
+
+    def submit(self, records: dict[bytes, bytes], inserts: Sequence[bytes], reply: T) -> Commit | None:
+        """Takes merged records (each newer than what was seen); `reply` leaves after their sync. Raises Overloaded or
+        the store's error, with nothing taken."""
+        if self.error is not None:
+            raise self.error
+        group = self._open
+        size = sum(map(len, records.values())) + HEADER * len(records)
+        if group.bytes and group.bytes + size > GROUP_BYTES_MAX:
+            raise Overloaded(f"{group.bytes} bytes wait for the disk already")
+        if group.records:
+            group.records.update(records)
+        else:
+            group.records = records
+        group.inserts += inserts
+        group.bytes += size
+        group.replies.append(reply)
+        self.writes += len(records)
+        return self._take_off() if self._flying is None else None
+
+    def park(self, reply: T) -> None:
+        """Holds a reply that tells of unsynced records until all that are unsynced now are synced."""
+        if self.error is not None:
+            raise self.error
+        if self._flying is not None and not self._open.records:
+            self._flying.replies.append(reply)
+        else:
+            self._open.replies.append(reply)
+
+    def synced(self) -> list[Effect[T]]:
+        """The flying group is durable."""
+        landed, self._flying = self._flying, None
+        assert landed is not None
+        effects: list[Effect[T]] = [Release(landed.replies)]
+        if self._open.records:
+            effects.append(self._take_off())
+        return effects
+
+    def failed(self, error: DHTError, *, fatal: bool) -> list[Effect[T]]:
+        """The flying group was not stored. All parked replies fail: the open group was merged against the flying one.
+        A failed sync is fatal: what the disk holds is unknown, so the store is never written again. A write that the
+        store refused before storing anything (no space) is not: later ones may succeed."""
+        if fatal:
+            self.error = error
+        replies = (self._flying.replies if self._flying is not None else []) + self._open.replies
+        self._flying, self._open = None, _Group()
+        return [Fail(replies, error)]
+
+    def _take_off(self) -> Commit:
+        self._flying, self._open = self._open, _Group()
+        self.groups += 1
+        return Commit(self._flying.records, self._flying.inserts)

@@ -1,0 +1,158 @@
+"""Answers to the rare questions of clients and operators: topology, status, stats, locate."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from agi.core.dht.errors import DHTError, InvalidRequest, NotReady, from_wire
+from agi.core.dht.protocol.messages import Hello, ReplicaRead, ReplicaReadReply, WireError
+from agi.core.dht.protocol.record import FLAGS, TOMBSTONE, expires_ms_of, hlc_of, is_live
+
+if TYPE_CHECKING:
+    from agi.core.dht.node import Node
+
+
+class Queries:
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    async def answer(self, what: str, key: bytes) -> bytes:
+        """The MessagePack map of an answer. Raises InvalidRequest for an unknown question."""
+        node = self._node
+        if what == "status":
+            return msgspec.msgpack.encode(await self.status())
+        if node.topology is None:
+            raise NotReady(f"{node.node_id} is not ready: {node.waiting_for}")
+        if what == "topology":
+            return msgspec.msgpack.encode(self.topology())
+        if what == "stats":
+            return msgspec.msgpack.encode(await self.stats())
+        if what == "locate" and key:
+            return msgspec.msgpack.encode(await self.locate(key))
+        raise InvalidRequest(f"unknown question {what!r}")
+
+    def topology(self) -> dict[str, object]:
+        """Members with the addresses that clients need; those not connected right now have no data address."""
+        node = self._node
+        topology = node.topology
+        assert topology is not None
+        members = []
+        for member in topology.members:
+            if member.node_id == node.node_id:
+                hello: Hello | None = node.hello()
+                reachable = True
+            else:
+                hello = node.peers.all[member.node_id].hello
+                reachable = member.node_id in node.peers.connected
+            members.append(
+                {
+                    "node_id": member.node_id,
+                    "address": member.address,
+                    "weight": member.weight,
+                    "rack": member.rack,
+                    "zone": member.zone,
+                    "state": member.state,
+                    "data_address": hello.data_address if hello is not None else "",
+                    "http_address": hello.http_address if hello is not None else "",
+                    "reachable": reachable,
+                }
+            )
+        return {
+            "cluster": topology.cluster,
+            "generation": topology.generation,
+            "epoch": topology.epoch,
+            "digest": topology.digest,
+            "factor": topology.factor,
+            "virtual_nodes": topology.virtual_nodes,
+            "hash_algorithm": topology.hash_algorithm,
+            "read_consistency": node.config.replication.read_consistency.name,
+            "write_consistency": node.config.replication.write_consistency.name,
+            "timeout_ms": node.config.network.timeout_ms,
+            "members": members,
+        }
+
+    async def status(self) -> dict[str, object]:
+        """This node's own state and its view of the others."""
+        node = self._node
+        stats = await node.store.stats()
+        return {
+            "node_id": node.node_id,
+            "address": node.address,
+            "ready": not node.waiting_for,
+            "waiting_for": node.waiting_for,
+            "boot": node.identity.boot,
+            "epoch": node.topology.epoch if node.topology is not None else 0,
+            "keys": stats.records,
+            "keys_exact": stats.exact,
+            "bytes": stats.bytes,
+            "storage": node.store.name,
+            "peers": {
+                name: {"connected": name in node.peers.connected, "error": peer.last_error}
+                for name, peer in node.peers.all.items()
+            },
+        }
+
+    async def stats(self) -> dict[str, object]:
+        node = self._node
+        stats = await node.store.stats()
+        metrics = node.metrics
+        return {
+            "node_id": node.node_id,
+            "gets": metrics.gets,
+            "puts": metrics.puts,
+            "deletes": metrics.deletes,
+            "scans": metrics.scans,
+            "failures": sum(metrics.failures.values()),
+            "keys": stats.records,
+            "keys_exact": stats.exact,
+            "bytes": stats.bytes,
+        }
+
+    async def locate(self, key: bytes) -> dict[str, object]:
+        """Token and replicas of a key, and what each replica holds."""
+        node = self._node
+        ring = node.ring
+        assert ring is not None and node.topology is not None
+        replicas = ring.preference(key, node.topology.replica_count)
+        held = await asyncio.gather(*(self._held(name, key) for name in replicas))
+        return {"token": ring.token(key), "replicas": dict(zip(replicas, held, strict=True))}
+
+    async def _held(self, name: str, key: bytes) -> dict[str, object]:
+        try:
+            record = await self._read(name, key)
+        except DHTError as error:
+            return {"state": "unreachable", "error": str(error)}
+        if record is None:
+            return {"state": "absent"}
+        now_ms = self._node.clock.wall_ms()
+        live = is_live(record, now_ms)
+        return {
+            "state": "live" if live else "tombstone" if record[FLAGS] & TOMBSTONE else "expired",
+            "version": hlc_of(record),
+            "bytes": len(record),
+            "expires_at": expires_ms_of(record) or None,
+        }
+
+    async def _read(self, name: str, key: bytes) -> bytes | None:
+        node = self._node
+        if name != node.node_id:
+            assert node.topology is not None
+            reply = await node.calls.call(name, ReplicaRead(0, node.topology.epoch, "locate", [key]))
+            assert isinstance(reply, ReplicaReadReply)
+            return reply.records[0]
+        found: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+        node.replica.read([key], partial(_settle, found))
+        return await found
+
+
+def _settle(future: asyncio.Future[bytes | None], records: list[bytes | None], error: WireError | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(records[0])
+    else:
+        future.set_exception(from_wire(*error))

@@ -1,0 +1,380 @@
+"""One node's copy of its keys: merges what coordinators send and answers what it holds.
+
+The laws it keeps: a reply leaves only when what it tells of is durable (PROTOCOLS D1, D2; protocol/commit.py); a record
+never replaces a newer one, and the sender hears `superseded` (V2); a version far ahead of every clock here is refused
+(V3, fresh writes only).
+
+Every call is a batch and ends in `done`, called exactly once: at once where the store allows it, else after the sync or
+the store's answer. A store in another process (Redis) goes through one worker, so that merges of a key cannot race.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from operator import gt
+from typing import TypeAlias
+
+import structlog
+
+from agi.core.dht.clock import Clock
+from agi.core.dht.errors import ClockSkew, DHTError, Overloaded, StorageError, StorageFull
+from agi.core.dht.observability.metrics import Metrics
+from agi.core.dht.protocol.commit import Commit, Effect, Fail, GroupCommit, Release
+from agi.core.dht.protocol.messages import FRESH, WireError
+from agi.core.dht.protocol.record import EXPIRES, FLAGS, expires_ms_of, hlc_of, is_live, shrink
+from agi.core.dht.protocol.versioning import HLC
+from agi.core.dht.storage.base import Batch, Page, StorageBackend
+
+_log = structlog.get_logger("agi.core.dht.replica")
+
+REMOTE_QUEUE_MAX = 4096
+"""Batches that may wait for a store in another process."""
+REMOTE_READS_MAX = 256
+"""Read batches under way at a store in another process."""
+STORE_TIMEOUT_S = 10.0
+
+Superseded: TypeAlias = list[tuple[int, int]] | None
+ReadDone: TypeAlias = Callable[[list[bytes | None], WireError | None], None]
+WriteDone: TypeAlias = Callable[[Superseded, list[int] | None, WireError | None], None]
+ScanDone: TypeAlias = Callable[[Page, WireError | None], None]
+Parked: TypeAlias = Callable[[DHTError | None], None]
+
+
+class Replica:
+    """Drives one store.
+
+    Args:
+        hlc: the node's clock; every version that is stored here passes through it.
+        max_clock_skew_ms: how far ahead a fresh version may be (V3), and how long after its expiry a record is shrunk
+            (V4).
+    """
+
+    def __init__(
+        self, store: StorageBackend, hlc: HLC, clock: Clock, metrics: Metrics, *, max_clock_skew_ms: int
+    ) -> None:
+        self.store = store
+        self._hlc = hlc
+        self._clock = clock
+        self._metrics = metrics
+        self._skew_ms = max_clock_skew_ms
+        self._commit: GroupCommit[Parked] | None = GroupCommit() if store.local and store.group_sync else None
+        self._sync_started = 0.0
+        self._queue: deque[tuple[int, list[bytes], list[bytes], bool, WriteDone]] = deque()
+        self._queued = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.on_store_failed: Callable[[DHTError], None] = lambda error: None
+        """Told once when the store can no longer be written (a failed sync)."""
+
+    def start(self) -> None:
+        if not self.store.local:
+            self._spawn(self._remote_writer())
+
+    async def stop(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def unsynced(self) -> bool:
+        return self._commit is not None and not self._commit.idle
+
+    # --- reads
+
+    def read(self, keys: list[bytes], done: ReadDone) -> None:
+        """The record of each key, expired ones shrunk. `done` comes at once unless a key is unsynced (D2)."""
+        self._metrics.replica_reads += len(keys)
+        store = self.store
+        if not store.local:
+            self._read_remote(keys, done)
+            return
+        try:
+            records = store.read(keys)
+        except DHTError as error:
+            done([], error.to_wire())
+            return
+        commit = self._commit
+        if commit is None or commit.idle:
+            done(self._normal(keys, records), None)
+            return
+        seen = False
+        overlay = commit.overlay
+        for index, key in enumerate(keys):
+            record = overlay(key)
+            if record is not None:
+                seen = True
+                records[index] = record
+        records = self._normal(keys, records)
+        if not seen:
+            done(records, None)
+            return
+        try:
+            commit.park(lambda error: done(records, None) if error is None else done([], error.to_wire()))
+        except DHTError as error:
+            done([], error.to_wire())
+
+    def headers(self, keys: list[bytes]) -> list[bytes | None] | None:
+        """At least the headers of what a merge would meet; None where the store cannot tell at once."""
+        if not self.store.local:
+            return None
+        headers = self.store.headers(keys)
+        commit = self._commit
+        if commit is not None and not commit.idle:
+            overlay = commit.overlay
+            for index, key in enumerate(keys):
+                record = overlay(key)
+                if record is not None:
+                    headers[index] = record
+        return headers
+
+    async def scan(self, start: bytes, end: bytes, limit: int, bytes_max: int, done: ScanDone) -> None:
+        """A page of records in key order, tombstones included."""
+        try:
+            async with asyncio.timeout(STORE_TIMEOUT_S):
+                page = await self.store.scan(start, end or None, limit, bytes_max)
+        except DHTError as error:
+            done(Page([], False), error.to_wire())
+            return
+        except TimeoutError:
+            done(Page([], False), StorageError("the store did not answer a scan in time").to_wire())
+            return
+        items = [(key, self._shrunk(key, record)) for key, record in page.items]
+        page = Page(items, page.complete)
+        if self._commit is None or self._commit.idle:
+            done(page, None)
+            return
+        try:  # the scan may have seen what is not synced yet
+            self._commit.park(
+                lambda error: done(page, None) if error is None else done(Page([], False), error.to_wire())
+            )
+        except DHTError as error:
+            done(Page([], False), error.to_wire())
+
+    def _normal(self, keys: list[bytes], records: list[bytes | None]) -> list[bytes | None]:
+        """Expired records in their shrunk form, as every replica shows them once the skew has passed (V4)."""
+        for index, record in enumerate(records):
+            if record is not None and record[FLAGS] == EXPIRES:
+                records[index] = self._shrunk(keys[index], record)
+        return records
+
+    def _shrunk(self, key: bytes, record: bytes) -> bytes:
+        if record[FLAGS] == EXPIRES and expires_ms_of(record) + self._skew_ms < self._clock.wall_ms():
+            return shrink(key, record)
+        return record
+
+    # --- writes
+
+    def write(
+        self,
+        mode: int,
+        keys: list[bytes],
+        records: list[bytes],
+        want_live: bool,
+        done: WriteDone,
+        headers: list[bytes | None] | None = None,
+    ) -> None:
+        """Merges these records. `headers` is what `headers(keys)` said in this same turn, where the caller knows it."""
+        self._metrics.replica_writes += len(keys)
+        if not self.store.local:
+            self._write_remote(mode, keys, records, want_live, done)
+            return
+        try:
+            if headers is None:
+                headers = self.headers(keys)
+                assert headers is not None
+            merged, inserts, superseded, live = self._merge(mode, keys, records, headers, want_live)
+            commit = self._commit
+            if commit is None:
+                if merged:
+                    self.store.write(Batch(merged, inserts))
+                done(superseded, live, None)
+            elif merged:
+                effect = commit.submit(merged, inserts, _written(done, superseded, live))
+                if effect is not None:
+                    self._perform((effect,))
+            elif commit.idle:
+                done(superseded, live, None)
+            else:  # what superseded it may be unsynced itself
+                commit.park(_written(done, superseded, live))
+        except DHTError as error:
+            self._metrics.replica_errors += 1
+            done(None, None, error.to_wire())
+
+    def _merge(
+        self,
+        mode: int,
+        keys: list[bytes],
+        records: list[bytes],
+        headers: Sequence[bytes | None],
+        want_live: bool,
+    ) -> tuple[dict[bytes, bytes], list[bytes], Superseded, list[int] | None]:
+        """What to store of a batch: (records, which of them are inserts, superseded, live). Raises ClockSkew."""
+        now_ms = self._clock.wall_ms()
+        newest = hlc_of(max(records))
+        if mode == FRESH and newest > self._hlc.limit(now_ms, self._skew_ms):
+            self._refuse_skew(records, headers, now_ms)
+        self._hlc.observe(newest)
+        live = [i for i, header in enumerate(headers) if is_live(header, now_ms)] if want_live else None
+        merged = dict(zip(keys, records, strict=True))
+        if len(merged) == len(keys):
+            if None not in headers:
+                if all(map(gt, records, headers)):  # type: ignore[arg-type]  # no None among them
+                    return merged, [], None, live
+            elif not any(headers):
+                return merged, keys, None, live
+        merged = {}
+        inserts: list[bytes] = []
+        superseded: list[tuple[int, int]] = []
+        for index, (key, record, header) in enumerate(zip(keys, records, headers, strict=True)):
+            known = merged.get(key, header)
+            if known is None:
+                inserts.append(key)
+            elif known[:32] == record[:32]:
+                continue  # the same write again
+            elif known > record:
+                superseded.append((index, hlc_of(known)))
+                continue
+            merged[key] = record
+        self._metrics.replica_superseded += len(superseded)
+        return merged, inserts, superseded or None, live
+
+    def _refuse_skew(self, records: Iterable[bytes], headers: Iterable[bytes | None], now_ms: int) -> None:
+        limit = self._hlc.limit(now_ms, self._skew_ms)
+        for record, header in zip(records, headers, strict=True):
+            hlc = hlc_of(record)
+            if hlc > limit and (header is None or hlc > hlc_of(header) + (self._skew_ms << 16)):
+                ahead_s = ((hlc >> 16) - now_ms) / 1000
+                _log.error("clock_skew_refused", ahead_s=ahead_s, max_clock_skew_ms=self._skew_ms)
+                raise ClockSkew(
+                    f"the version is {ahead_s:.1f} s ahead of this replica's clock; at most {self._skew_ms} ms are taken"  # noqa: E501
+                )
+
+    # --- group commit
+
+    def _perform(self, effects: Iterable[Effect[Parked]]) -> None:
+        for effect in effects:
+            if isinstance(effect, Commit):
+                self._take_off(effect)
+            elif isinstance(effect, Release):
+                for reply in effect.replies:
+                    reply(None)
+            else:
+                assert isinstance(effect, Fail)
+                self._metrics.replica_errors += len(effect.replies)
+                for reply in effect.replies:
+                    reply(effect.error)
+
+    def _take_off(self, group: Commit) -> None:
+        assert self._commit is not None
+        self._metrics.group_commits.observe(len(group.records))
+        self._sync_started = self._clock.monotonic()
+        try:
+            self.store.write(Batch(group.records, group.inserts))
+        except StorageFull as error:
+            self._perform(self._commit.failed(error, fatal=False))
+        except DHTError as error:
+            self._failed(error)
+        else:
+            self.store.sync(self._synced)
+
+    def _synced(self, error: Exception | None) -> None:
+        assert self._commit is not None
+        if error is not None:
+            self._failed(error if isinstance(error, DHTError) else StorageError(f"a sync failed: {error}"))
+            return
+        self._metrics.sync_latency.observe(self._clock.monotonic() - self._sync_started)
+        self._perform(self._commit.synced())
+
+    def _failed(self, error: DHTError) -> None:
+        assert self._commit is not None
+        _log.critical("store_failed", error=str(error))
+        self._perform(self._commit.failed(error, fatal=True))
+        self.on_store_failed(error)
+
+    # --- expiry (V4, G3)
+
+    async def sweep(self, step: int) -> int:
+        """Shrinks up to `step` records that have been expired for longer than the clock skew; returns how many."""
+        async with asyncio.timeout(STORE_TIMEOUT_S):
+            found = await self.store.expired(self._clock.wall_ms() - self._skew_ms, step)
+        if not found:
+            return 0
+        keys = [key for key, _ in found]
+        records = [shrink(key, record) for key, record in found]
+        swept = asyncio.get_running_loop().create_future()
+
+        def done(superseded: Superseded, live: list[int] | None, error: WireError | None) -> None:
+            if not swept.done():
+                swept.set_result(error)
+
+        self.write(-1, keys, records, False, done)
+        async with asyncio.timeout(STORE_TIMEOUT_S):
+            error = await swept
+        if error is not None:
+            raise StorageError(error[1])
+        self._metrics.expired_shrunk += len(keys)
+        return len(keys)
+
+    # --- a store in another process
+
+    def _spawn(self, coroutine: object) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.critical("replica_task_failed", error=repr(error))
+            self.on_store_failed(StorageError(f"the store's worker ended: {error!r}"))
+
+    def _read_remote(self, keys: list[bytes], done: ReadDone) -> None:
+        if len(self._tasks) > REMOTE_READS_MAX:
+            done([], Overloaded(f"{len(self._tasks)} reads wait for the store already").to_wire())
+            return
+        self._spawn(self._read_remote_task(keys, done))
+
+    async def _read_remote_task(self, keys: list[bytes], done: ReadDone) -> None:
+        try:
+            async with asyncio.timeout(STORE_TIMEOUT_S):
+                records = await self.store.get_many(keys)
+        except DHTError as error:
+            done([], error.to_wire())
+        except TimeoutError:
+            done([], StorageError("the store did not answer in time").to_wire())
+        else:
+            done(self._normal(keys, records), None)
+
+    def _write_remote(
+        self, mode: int, keys: list[bytes], records: list[bytes], want_live: bool, done: WriteDone
+    ) -> None:
+        if len(self._queue) >= REMOTE_QUEUE_MAX:
+            done(None, None, Overloaded(f"{len(self._queue)} writes wait for the store already").to_wire())
+            return
+        self._queue.append((mode, keys, records, want_live, done))
+        self._queued.set()
+
+    async def _remote_writer(self) -> None:
+        while True:
+            await self._queued.wait()
+            self._queued.clear()
+            while self._queue:
+                mode, keys, records, want_live, done = self._queue.popleft()
+                try:
+                    async with asyncio.timeout(STORE_TIMEOUT_S):
+                        headers = await self.store.get_many(keys)
+                        merged, inserts, superseded, live = self._merge(mode, keys, records, headers, want_live)
+                        if merged:
+                            await self.store.apply(Batch(merged, inserts))
+                except DHTError as error:
+                    self._metrics.replica_errors += 1
+                    done(None, None, error.to_wire())
+                except TimeoutError:
+                    done(None, None, StorageError("the store did not answer in time").to_wire())
+                else:
+                    done(superseded, live, None)
+
+
+def _written(done: WriteDone, superseded: Superseded, live: list[int] | None) -> Parked:
+    return lambda error: done(superseded, live, None) if error is None else done(None, None, error.to_wire())

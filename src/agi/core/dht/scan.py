@@ -1,0 +1,237 @@
+"""Ordered scans over the whole cluster: every arc covered by R replicas, or an error; never silently less.
+
+A page asks just enough nodes that each replica set has R answers, merges what they hold (tombstones included) and cuts
+the result where the shortest answer ends: beyond that key some replica has not spoken. Keys on which replicas differ
+are repaired before they are shown, as in a read. A failed node is replaced by another replica of its sets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+
+import structlog
+
+from agi.core.dht.calls import Calls
+from agi.core.dht.clock import Clock
+from agi.core.dht.errors import (
+    DHTError,
+    InvalidRequest,
+    Overloaded,
+    TransportError,
+    Unavailable,
+    from_wire,
+)
+from agi.core.dht.observability.metrics import Metrics
+from agi.core.dht.peers import Peers
+from agi.core.dht.protocol.messages import (
+    REPAIR,
+    Message,
+    ReplicaScan,
+    ReplicaScanReply,
+    ReplicaWrite,
+    Scan,
+    ScanReply,
+    WireError,
+)
+from agi.core.dht.protocol.record import is_live
+from agi.core.dht.replica import Replica
+from agi.core.dht.ring import Ring
+from agi.core.dht.storage.base import Page
+from agi.core.dht.topology import Topology
+from agi.core.dht.types import BATCH_BYTES_MAX, SCAN_LIMIT_MAX, Consistency
+
+_log = structlog.get_logger("agi.core.dht.scan")
+
+SCANS_MAX = 64
+"""Scans under way at one coordinator; past it callers get Overloaded."""
+
+
+class Scanner:
+    """Coordinates the scans of clients at one node. Scans are rare and long: each is a task with a deadline."""
+
+    def __init__(
+        self,
+        node_id: str,
+        topology: Topology,
+        ring: Ring,
+        replica: Replica,
+        peers: Peers,
+        calls: Calls,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._me = node_id
+        self._epoch = topology.epoch
+        self._replica_count = topology.replica_count
+        self._everyone = tuple(member.node_id for member in topology.members)
+        self._everywhere = topology.replica_count == len(topology.members)
+        self._ring = ring
+        self._sets: list[tuple[str, ...]] = (
+            [self._everyone] if self._everywhere else sorted({p.replicas for p in ring.partitions()})
+        )
+        self._replica = replica
+        self._peers = peers
+        self._calls = calls
+        self._clock = clock
+        self._metrics = metrics
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._turn = 0
+
+    def scan(self, request: Scan, reply: Callable[[Message], object], trace: str) -> None:
+        """Answers with one ScanReply by the deadline."""
+        try:
+            needed = Consistency(request.consistency).needed(self._replica_count)
+            if not 1 <= request.limit <= SCAN_LIMIT_MAX:
+                raise InvalidRequest(f"a page has 1 to {SCAN_LIMIT_MAX} keys, not {request.limit}")
+            if len(self._tasks) >= SCANS_MAX:
+                raise Overloaded(f"{SCANS_MAX} scans are under way at {self._me} already")
+        except (DHTError, ValueError) as error:
+            refused = error if isinstance(error, DHTError) else InvalidRequest(str(error))
+            reply(ScanReply(request.id, [], [], b"", refused.to_wire()))
+            return
+        task = asyncio.get_running_loop().create_task(self._run(request, needed, reply, trace))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _run(self, request: Scan, needed: int, reply: Callable[[Message], object], trace: str) -> None:
+        started = self._clock.monotonic()
+        answer: ScanReply
+        try:
+            async with asyncio.timeout(request.timeout_ms / 1000):
+                keys, records, cursor = await self._page(request, needed, trace)
+            answer = ScanReply(request.id, keys, [b""] * len(keys) if request.keys_only else records, cursor)
+            self._metrics.scans += 1
+        except TimeoutError:
+            late = Unavailable("not every arc was covered by the deadline", needed=needed)
+            self._metrics.fail(late, 1)
+            answer = ScanReply(request.id, [], [], b"", late.to_wire())
+        except DHTError as error:
+            self._metrics.fail(error, 1)
+            answer = ScanReply(request.id, [], [], b"", error.to_wire())
+        self._metrics.scan_latency.observe(self._clock.monotonic() - started)
+        try:
+            reply(answer)
+        except (TransportError, Overloaded) as error:
+            _log.info("reply_undeliverable", trace=trace, error=str(error))
+
+    async def _page(self, request: Scan, needed: int, trace: str) -> tuple[list[bytes], list[bytes], bytes]:
+        pages = await self._cover(request, needed, trace)
+        horizon = min((page.items[-1][0] for page in pages.values() if not page.complete and page.items), default=None)
+        held: dict[bytes, dict[str, bytes]] = {}
+        for name, page in pages.items():
+            for key, record in page.items:
+                if horizon is None or key <= horizon:
+                    held.setdefault(key, {})[name] = record
+        now_ms = self._clock.wall_ms()
+        keys: list[bytes] = []
+        records: list[bytes] = []
+        repairs: dict[str, list[tuple[bytes, bytes]]] = {}
+        size, cursor = 0, (horizon + b"\0" if horizon is not None else b"")
+        for key in sorted(held):
+            replicas = self._everyone if self._everywhere else self._ring.replicas(key)
+            versions = held[key]
+            newest = max((record for name, record in versions.items() if name in replicas), default=None)
+            if newest is None:
+                continue  # left over at a node that does not own it
+            if is_live(newest, now_ms):
+                if len(keys) == request.limit or (keys and size + len(newest) > BATCH_BYTES_MAX):
+                    cursor = key
+                    break
+                keys.append(key)
+                records.append(newest)
+                size += len(newest) + len(key)
+            if needed > 1:
+                for name in replicas:
+                    if name in pages and versions.get(name) != newest:
+                        repairs.setdefault(name, []).append((key, newest))
+        if repairs:
+            await self._repair(repairs, trace)
+        return keys, records, cursor
+
+    async def _cover(self, request: Scan, needed: int, trace: str) -> dict[str, Page]:
+        """A page from enough nodes that every replica set has `needed` answers. Raises Unavailable."""
+        self._turn += 1
+        turn = self._turn % len(self._everyone)
+        others = [name for name in self._everyone[turn:] + self._everyone[:turn] if name != self._me]
+        candidates = [self._me, *(name for name in others if name in self._peers.connected)]
+        pages: dict[str, Page] = {}
+        failed: dict[str, DHTError] = {}
+        while True:
+            asked = self._choose([name for name in candidates if name not in failed], needed, set(pages))
+            if asked is None:
+                reason = next(iter(failed.values())).message if failed else "too few replicas are reachable"
+                answered = min(sum(name in pages for name in replicas) for replicas in self._sets)
+                raise Unavailable(f"a part of the ring is not covered: {reason}", needed=needed, answered=answered)
+            fresh = [name for name in asked if name not in pages]
+            if not fresh:
+                return pages
+            results = await asyncio.gather(*(self._ask(name, request, trace) for name in fresh), return_exceptions=True)
+            for name, result in zip(fresh, results, strict=True):
+                if isinstance(result, DHTError):
+                    failed[name] = result
+                elif isinstance(result, BaseException):
+                    raise result
+                else:
+                    pages[name] = result
+
+    def _choose(self, candidates: list[str], needed: int, answered: set[str]) -> set[str] | None:
+        """Nodes that cover each replica set `needed` times, those that answered first; None if there are none."""
+        chosen = set(answered)
+        lacking = {s: needed - sum(name in chosen for name in s) for s in self._sets}
+        for name in candidates:
+            if name in chosen or not any(count > 0 and name in s for s, count in lacking.items()):
+                continue
+            chosen.add(name)
+            for replicas in lacking:
+                if name in replicas:
+                    lacking[replicas] -= 1
+        return None if any(count > 0 for count in lacking.values()) else chosen
+
+    async def _ask(self, name: str, request: Scan, trace: str) -> Page:
+        limit = request.limit + 1  # one more than asked tells whether there is a next page
+        if name == self._me:
+            found: asyncio.Future[Page] = asyncio.get_running_loop().create_future()
+            await self._replica.scan(request.start, request.end, limit, BATCH_BYTES_MAX, partial(_settle, found))
+            return await found
+        message = ReplicaScan(0, self._epoch, trace, request.start, request.end, limit, BATCH_BYTES_MAX)
+        reply = await self._calls.call(name, message)
+        assert isinstance(reply, ReplicaScanReply)
+        return Page(list(zip(reply.keys, reply.records, strict=True)), reply.complete)
+
+    async def _repair(self, repairs: dict[str, list[tuple[bytes, bytes]]], trace: str) -> None:
+        self._metrics.read_repairs += 1
+
+        async def one(name: str, items: list[tuple[bytes, bytes]]) -> None:
+            keys, records = [key for key, _ in items], [record for _, record in items]
+            if name == self._me:
+                done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+                def written(superseded: object, live: object, error: WireError | None) -> None:
+                    if not done.done():
+                        if error is None:
+                            done.set_result(None)
+                        else:
+                            done.set_exception(from_wire(*error))
+
+                self._replica.write(REPAIR, keys, records, False, written)
+                await done
+                return
+            await self._calls.call(name, ReplicaWrite(0, self._epoch, trace, REPAIR, keys, records))
+
+        await asyncio.gather(*(one(name, items) for name, items in repairs.items()))
+
+
+def _settle(future: asyncio.Future[Page], page: Page, error: WireError | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(page)
+    else:
+        future.set_exception(from_wire(*error))
