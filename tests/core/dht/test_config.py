@@ -54,10 +54,10 @@ TABLE: list[tuple[str, object, tuple[str, object], tuple[str, object], tuple[obj
         (Consistency.ONE, Consistency.ONE),
     ),
     ("dht.ring.virtual_nodes", 150, ("1", 1), ("64", 64), (10000, 10000)),
-    ("dht.ring.hash_algorithm", "md5", ("xxh3", "xxh3"), ("MD5", "md5"), ("xxh3", "xxh3")),
+    ("dht.ring.hash_algorithm", "xxh3", ("md5", "md5"), ("XXH3", "xxh3"), ("md5", "md5")),
     ("dht.storage.backend", "rocksdb", ("memory", "memory"), ("rocksdb", "rocksdb"), ("memory", "memory")),
     ("dht.storage.path", "./dht-data/{node_id}", ("/a", "/a"), ("/b", "/b"), (Path("/c"), "/c")),
-    ("dht.storage.cache_size_mb", 256, ("8", 8), ("64", 64), (1024, 1024)),
+    ("dht.storage.cache_size_mb", 64, ("8", 8), ("64", 64), (1024, 1024)),
     ("dht.storage.wal_sync", "group", ("none", "none"), ("interval", "interval"), ("group", "group")),
     ("dht.storage.wal_sync_interval_ms", 100, ("1", 1), ("50", 50), (60000, 60000)),
     (

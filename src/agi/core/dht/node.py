@@ -19,7 +19,7 @@ from agi.core.dht.bootstrap import Bootstrapper
 from agi.core.dht.calls import ID_BASE, Calls
 from agi.core.dht.clock import Clock
 from agi.core.dht.config import Config
-from agi.core.dht.coordinator import TRUNCATED, Coordinator
+from agi.core.dht.coordinator import Coordinator
 from agi.core.dht.errors import (
     ClonedNode,
     ClusterError,
@@ -63,6 +63,7 @@ from agi.core.dht.protocol.messages import (
 from agi.core.dht.protocol.timers import TICK_S
 from agi.core.dht.protocol.versioning import HLC, writer_id
 from agi.core.dht.queries import Queries
+from agi.core.dht.reads import TRUNCATED
 from agi.core.dht.replica import Replica
 from agi.core.dht.ring import Ring
 from agi.core.dht.scan import Scanner

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import msgspec
 import structlog
 
-from agi.core.dht.errors import DHTError, LinkClosed, ProtocolMismatch
+from agi.core.dht.errors import DHTError, LinkClosed, NotReady, ProtocolMismatch
 from agi.core.dht.protocol.latency import Quantile
 from agi.core.dht.protocol.messages import Hello
 from agi.core.dht.topology import Member
@@ -160,6 +160,8 @@ class Peers:
         if hello.name != peer.node_id:
             raise ProtocolMismatch(f"{peer.member.address} answered as {hello.name}, not {peer.node_id}")
         self._check(hello)
+        if not hello.topology:
+            raise NotReady(f"{peer.node_id} has not formed yet")
 
     def _link_lost(self, peer: Peer, link: Link, error: DHTError | None) -> None:
         if link not in peer.links:

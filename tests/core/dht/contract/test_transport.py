@@ -402,7 +402,7 @@ async def test_a_socket_file_left_behind_is_replaced(wire: Wire, tmp_path: Path)
     link = await wire.connect(wire.transport("client", **PATIENT), listener.address, Recorder())
     link.send(question(1))
     await recorder.until(lambda: recorder.heard)
-    wire.links.append(recorder.heard[0][0])
+    wire.links.append((recorder.heard[0][0], recorder))
 
 
 @with_raw_bytes

@@ -98,7 +98,7 @@ class Wire(abc.ABC):
     def __init__(self, tmp_path: Path, stack: contextlib.AsyncExitStack) -> None:
         self.tmp_path = tmp_path
         self.stack = stack
-        self.links: list[Link] = []
+        self.links: list[tuple[Link, Recorder]] = []
 
     @abc.abstractmethod
     def transport(self, host: str, **timeouts: float) -> Transport: ...
@@ -134,7 +134,7 @@ class Wire(abc.ABC):
 
     async def connect(self, transport: Transport, address: str, handler: Recorder, **kwargs: float) -> Link:
         link = await transport.connect(address, handler, **kwargs)
-        self.links.append(link)
+        self.links.append((link, handler))
         return link
 
     async def pair(self, answer: Callable[[Link, Any], None] | None = None, **timeouts: float) -> Pair:
@@ -152,12 +152,15 @@ class Wire(abc.ABC):
         link.send(question(0))
         await pair.server.until(lambda: len(pair.server.heard) > before)
         far = pair.server.heard[before][0]
-        self.links.append(far)
+        self.links.append((far, pair.server))
         return Pair(pair.transport, pair.listener, pair.client, pair.server, link, far)
 
     async def end(self) -> None:
-        for link in self.links:
+        """Closes every link, and fails if one of them does not tell so."""
+        for link, _ in self.links:
             link.close()
+        for link, handler in self.links:
+            await handler.until(lambda link=link, handler=handler: handler.errors(link))
 
 
 class Pair:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
+from agi.core.dht.errors import from_wire
+from agi.core.dht.protocol.messages import KeyError_
+
 LATENCY_BUCKETS_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
@@ -54,6 +57,10 @@ class Metrics:
         self.frames_received = 0
         self.group_commits = Histogram(GROUP_BUCKETS)
         self.sync_latency = Histogram()
+
+    def fail_keys(self, errors: list[KeyError_]) -> None:
+        for _, wire in errors:
+            self.fail(from_wire(*wire), 1)
 
     def fail(self, error: Exception, count: int) -> None:
         name = type(error).__name__

@@ -7,6 +7,7 @@ and the retry is refused rather than written again.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -24,7 +25,7 @@ class RequestTable(Generic[T]):
     def __init__(self, keys_max: int) -> None:
         self._keys_max = keys_max
         self._keys = 0
-        self._batches: dict[tuple[str, int], tuple[T, int]] = {}
+        self._batches: OrderedDict[tuple[str, int], tuple[T, int]] = OrderedDict()
 
     def get(self, client: str, sequence: int) -> T | None:
         found = self._batches.get((client, sequence))
@@ -36,7 +37,7 @@ class RequestTable(Generic[T]):
         batches[client, sequence] = (state, keys)
         self._keys += keys
         while self._keys > self._keys_max and len(batches) > 1:
-            _, dropped = batches.pop(next(iter(batches)))
+            _, (_, dropped) = batches.popitem(last=False)
             self._keys -= dropped
 
     def update(self, client: str, sequence: int, state: T) -> None:

@@ -43,7 +43,7 @@ _NO_EXPIRY = bytes(8)
 
 
 def pack(
-    key: bytes, value: bytes, *, hlc: int, writer: int, created_ms: int = 0, expires_ms: int = 0, flags: int = 0
+    key: bytes, value: bytes, hlc: int, writer: int, created_ms: int = 0, expires_ms: int = 0, flags: int = 0
 ) -> bytes:
     """One record. `flags` holds TOMBSTONE for a delete (its value is empty); EXPIRES follows from `expires_ms`."""
     if expires_ms:

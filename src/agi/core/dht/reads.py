@@ -1,0 +1,325 @@
+"""Reads at a coordinator: asks R replicas, hedges, repairs what differs, answers (protocol/quorum.py has the rules)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from functools import partial
+
+from agi.core.dht.errors import DHTError, LinkClosed, Overloaded, TransportError, Truncated, Unavailable, from_wire
+from agi.core.dht.peers import Peer
+from agi.core.dht.protocol.messages import (
+    REPAIR,
+    Get,
+    GetReply,
+    ReplicaRead,
+    ReplicaReadReply,
+    ReplicaWrite,
+    WireError,
+)
+from agi.core.dht.protocol.quorum import Agreed, ReadQuorum, Repair
+from agi.core.dht.protocol.record import FLAGS, is_live
+from agi.core.dht.requests import Operation, ReplyTo, Requests, refusal
+from agi.core.dht.transport.codec import encode
+from agi.core.dht.types import Consistency
+
+HEDGE_CREDIT_MAX = 10.0
+"""Hedges that may follow each other at once after a quiet time."""
+TRUNCATED = Truncated("the batch's values do not fit one frame: ask again for this key")
+
+
+class Reads:
+    """All reads of one coordinator.
+
+    Args:
+        hedge_budget: hedged reads as a share of all reads; a further replica is asked when the first is later than its
+            link's percentile of recent latencies.
+    """
+
+    def __init__(self, requests: Requests, hedge_budget: float) -> None:
+        self._requests = requests
+        self._budget = hedge_budget
+        self._credit = 1.0
+        self._hedges: deque[tuple[float, ReadGroup]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+
+    def start(self, request: Get, reply: ReplyTo, trace: str) -> None:
+        """Reads a batch; `reply` gets one GetReply by the deadline."""
+        requests = self._requests
+        try:
+            needed = requests.needed(request.consistency)
+            cost = requests.admit(request.keys)
+        except DHTError as error:
+            reply(GetReply(request.id, [], None, refusal(error).to_wire()))
+            return
+        operation = Operation(request, reply, trace, requests.clock.monotonic(), cost)
+        parts = requests.parts(request.keys)
+        if len(parts) > 1:
+            operation.left = len(parts)
+            operation.results = [None] * len(request.keys)
+        repair_to = 0 if request.consistency == Consistency.ONE else needed
+        for places, keys, replicas in parts:
+            ReadGroup(self, requests, operation, places, keys, replicas, needed, repair_to).start()
+
+    def reply(self, group: ReadGroup, peer: Peer, reply: ReplicaReadReply) -> None:
+        """A peer answered a read of that group."""
+        if not group.hedged:
+            peer.latency.add(self._requests.clock.monotonic() - group.operation.started)
+        group.result(peer.node_id, reply.records, reply.error)
+
+    # --- hedging
+
+    def watch(self, group: ReadGroup, peer: Peer) -> None:
+        """A further replica is asked if this peer is late, within the budget."""
+        credit = self._credit
+        if credit < HEDGE_CREDIT_MAX:
+            self._credit = credit = credit + self._budget
+        if credit < 1:
+            return
+        self._hedges.append((group.operation.started + peer.latency.value, group))
+        if self._timer is None:
+            self._timer = self._loop.call_later(peer.latency.value, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        now = self._requests.clock.monotonic()
+        hedges = self._hedges
+        while hedges:
+            due, group = hedges[0]
+            if group.waiting and due > now:
+                self._timer = self._loop.call_later(due - now, self._look)
+                return
+            hedges.popleft()
+            # where this node itself is the slow one, another replica does not help
+            if group.waiting and self._credit >= 1 and self._requests.me not in group.waiting and group.ask_another():
+                self._credit -= 1
+                self._requests.metrics.hedges += 1
+
+
+class ReadGroup(ReadQuorum):
+    """Keys of a batch with one replica set, and their quorum. It is over when nobody is waited for."""
+
+    __slots__ = (
+        "asked",
+        "hedged",
+        "id",
+        "keys",
+        "operation",
+        "places",
+        "reads",
+        "repairs",
+        "replica_set",
+        "requests",
+        "waiting",
+    )
+
+    def __init__(
+        self,
+        reads: Reads,
+        requests: Requests,
+        operation: Operation,
+        places: list[int] | None,
+        keys: list[bytes],
+        replicas: tuple[str, ...],
+        needed: int,
+        repair_to: int,
+    ) -> None:
+        ReadQuorum.__init__(self, needed, len(replicas), repair_to)
+        self.reads = reads
+        self.requests = requests
+        self.operation = operation
+        self.places = places
+        self.keys = keys
+        self.replica_set = replicas
+        self.waiting: dict[str, None] = {}
+        self.asked: dict[str, None] = {}
+        self.hedged = False
+        self.id = 0
+
+    def start(self) -> None:
+        requests = self.requests
+        me, connected, replicas = requests.me, requests.peers.connected, self.replica_set
+        reachable = [connected[name] for name in replicas if name in connected]
+        local = me in replicas
+        ask = self.needed - local
+        if len(reachable) < ask:
+            self._done(
+                Unavailable("too few replicas are reachable", needed=self.needed, answered=len(reachable) + local)
+            )
+            return
+        requests.turn += 1
+        if len(reachable) > 1 and requests.turn & 1:
+            reachable.reverse()
+        self.id = requests.enter(self, self.operation)
+        self.asked[me] = None
+        if local:
+            self.waiting[me] = None
+        if ask:
+            for peer in reachable[:ask]:
+                self._ask(peer)
+            if len(reachable) > ask:
+                self.reads.watch(self, reachable[0])
+        if me in self.waiting:
+            requests.replica.read(self.keys, partial(self.result, me))
+
+    def _ask(self, peer: Peer) -> None:
+        name = peer.node_id
+        self.asked[name] = self.waiting[name] = None
+        try:
+            peer.send(encode(ReplicaRead(self.id, self.requests.epoch, self.operation.trace, self.keys)))
+        except (TransportError, Overloaded) as error:
+            self.lost(name, error)
+
+    def ask_another(self) -> bool:
+        """Asks a connected replica that was not asked yet; False where there is none."""
+        connected = self.requests.peers.connected
+        for name in self.replica_set:
+            if name not in self.asked and name in connected:
+                self.hedged = True
+                self._ask(connected[name])
+                return True
+        return False
+
+    def result(self, replica: str, records: list[bytes | None], error: WireError | None) -> None:
+        """What a replica answered. Late and doubled answers are ignored."""
+        if replica not in self.waiting:
+            return
+        if error is not None:
+            self.lost(replica, from_wire(*error))
+            return
+        del self.waiting[replica]
+        if len(records) != len(self.keys):
+            records = self._cut_short(records)
+        self.add_reply(replica, records)
+        self._step()
+
+    def lost(self, replica: str, error: DHTError) -> None:
+        """A replica will not answer: the next that was not asked takes its place."""
+        if replica not in self.waiting:
+            return
+        del self.waiting[replica]
+        self.requests.metrics.replica_errors += 1
+        if self.repairing:
+            self._repair_elsewhere(replica)
+            return
+        self.add_failure(error)
+        if not self.ask_another():
+            self.failures = max(self.failures, self.replicas - len(self.waiting) - len(self.replies))
+        if self.id:
+            self._step()
+
+    def expired(self) -> None:
+        self._done(self.shortfall("no quorum by the deadline"))
+
+    def _step(self) -> None:
+        outcome = self.step()
+        if outcome is None:
+            return
+        if isinstance(outcome, Agreed):
+            self._done(outcome.records)
+        elif isinstance(outcome, Repair):
+            self.requests.metrics.read_repairs += 1
+            self.repairs = dict(outcome.stale)
+            self.waiting = dict.fromkeys(self.repairs) if outcome.blocking else {}
+            for replica, indexes in outcome.stale:
+                self._repair(replica, indexes, [outcome.records[i] or b"" for i in indexes])
+            if not outcome.blocking:
+                self._done(outcome.records)
+        else:
+            self._done(outcome)
+
+    def _cut_short(self, records: list[bytes | None]) -> list[bytes | None]:
+        """A replica's records did not fit one frame: the group answers its first keys, the client asks again for the
+        rest."""
+        count = len(records)
+        if count >= len(self.keys):
+            return records[: len(self.keys)]
+        places = self.places or list(range(len(self.keys)))
+        self.operation.fail(places[count:], TRUNCATED)
+        if self.places is None:
+            self.operation.results = [None] * len(self.keys)
+        self.places = places[:count]
+        self.keys = self.keys[:count]
+        for _, known in self.replies:
+            del known[count:]
+        return records
+
+    # --- repair
+
+    def _repair(self, replica: str, indexes: list[int], records: list[bytes]) -> None:
+        keys = [self.keys[i] for i in indexes]
+        requests = self.requests
+        if replica == requests.me:
+            requests.replica.write(REPAIR, keys, records, False, partial(self._repaired_here, replica))
+            return
+        peer = requests.peers.connected.get(replica)
+        try:
+            if peer is None:
+                raise LinkClosed(f"{replica} is not connected")
+            peer.send(encode(ReplicaWrite(self.id, requests.epoch, self.operation.trace, REPAIR, keys, records)))
+        except (TransportError, Overloaded) as error:
+            self.lost(replica, error)
+
+    def _repaired_here(self, replica: str, superseded: object, live: object, error: WireError | None) -> None:
+        self.repaired(replica, error)
+
+    def repaired(self, replica: str, error: WireError | None) -> None:
+        """A repair was stored, or the replica holds something newer still, which is as good."""
+        if replica not in self.waiting:
+            return
+        if error is not None:
+            self.lost(replica, from_wire(*error))
+            return
+        del self.waiting[replica]
+        agreed = self.add_repaired(replica, self.repairs[replica])
+        if agreed is not None:
+            self._done(agreed.records)
+
+    def _repair_elsewhere(self, failed: str) -> None:
+        """A stale replica could not be repaired: store the newest records at one that was not asked yet."""
+        connected = self.requests.peers.connected
+        for name in self.replica_set:
+            if name not in self.asked and name in connected:
+                indexes, records = self.unrepaired()
+                self.asked[name] = self.waiting[name] = None
+                self.repairs[name] = indexes
+                self._repair(name, indexes, records)
+                return
+        if not self.waiting:
+            self._done(self.shortfall(f"{failed} could not be repaired"))
+
+    # --- end
+
+    def _done(self, outcome: list[bytes | None] | DHTError) -> None:
+        self.waiting.clear()
+        requests, operation = self.requests, self.operation
+        requests.pending.pop(self.id, None)
+        if isinstance(outcome, DHTError):
+            if self.places is None:
+                operation.results = [None] * len(self.keys)
+            operation.fail(range(len(self.keys)) if self.places is None else self.places, outcome)
+        elif self.places is None:
+            operation.results = outcome
+        else:
+            results = operation.results
+            for place, record in zip(self.places, outcome, strict=True):
+                results[place] = record
+        operation.left -= 1
+        if operation.left:
+            return
+        records = operation.results
+        now_ms = 0
+        for index, record in enumerate(records):
+            if record is not None and record[FLAGS]:
+                now_ms = now_ms or requests.clock.wall_ms()
+                if not is_live(record, now_ms):
+                    if records is operation.results:
+                        records = records.copy()  # a replica's reply holds this list
+                    records[index] = None
+        requests.metrics.gets += len(records)
+        requests.finish(
+            operation,
+            requests.metrics.get_latency.observe,
+            GetReply(operation.request.id, records, operation.errors),
+        )

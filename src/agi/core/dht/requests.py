@@ -1,0 +1,184 @@
+"""What the reads and writes under way at one coordinator share: admission, grouping, ids, deadlines, the answer.
+
+A client batch is an `Operation`. It is split by replica set into groups (reads.py, writes.py); each has one id on the
+links and one entry in the timer wheel, however many keys it holds. The answer leaves when no group is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeAlias
+
+import structlog
+
+from agi.core.dht.clock import Clock
+from agi.core.dht.errors import (
+    DHTError,
+    InvalidConsistency,
+    InvalidKey,
+    InvalidRequest,
+    Overloaded,
+    TransportError,
+)
+from agi.core.dht.observability.metrics import Metrics
+from agi.core.dht.peers import Peers
+from agi.core.dht.protocol.messages import Delete, Get, KeyError_, Message, Put
+from agi.core.dht.protocol.timers import TimerWheel
+from agi.core.dht.replica import Replica
+from agi.core.dht.ring import Ring
+from agi.core.dht.topology import Topology
+from agi.core.dht.types import KEY_BYTES_MAX, Consistency
+
+_log = structlog.get_logger("agi.core.dht.coordinator")
+
+TIMEOUT_MS_MAX = 600_000
+KEY_COST_BYTES = 256
+"""What a key under way is counted for beyond its value."""
+
+ReplyTo: TypeAlias = Callable[[Message], object]
+Part: TypeAlias = tuple[list[int] | None, list[bytes], tuple[str, ...]]
+"""A part of a batch with one replica set: places in the batch (None: all of it), keys, replicas."""
+
+
+class Operation:
+    """One client batch. `results` are by place; a failed place is named in `errors`."""
+
+    errors: list[KeyError_] | None = None
+    attempts = 0
+    left = 1
+
+    def __init__(self, request: Get | Put | Delete, reply: ReplyTo, trace: str, started: float, cost: int) -> None:
+        self.request = request
+        self.reply = reply
+        self.trace = trace
+        self.started = started
+        self.cost = cost
+        self.results: list[bytes | None] = []
+
+    def fail(self, places: Iterable[int], error: DHTError) -> None:
+        wire = error.to_wire()
+        failed: list[KeyError_] = [(place, wire) for place in places]
+        self.errors = failed if self.errors is None else self.errors + failed
+
+
+class Group(Protocol):
+    """A part of an operation that waits for replicas."""
+
+    waiting: dict[str, None]
+
+    def lost(self, replica: str, error: DHTError) -> None:
+        """The link to a replica broke."""
+
+    def expired(self) -> None:
+        """The deadline has come."""
+
+
+class Requests:
+    """The coordinator's books.
+
+    Args:
+        pending_bytes_max: keys and values of unfinished requests; past it requests fail with Overloaded.
+        slow_s: operations that took at least this long are logged; 0 for none.
+    """
+
+    def __init__(
+        self,
+        me: str,
+        topology: Topology,
+        ring: Ring,
+        replica: Replica,
+        peers: Peers,
+        clock: Clock,
+        metrics: Metrics,
+        *,
+        pending_bytes_max: int,
+        slow_s: float,
+    ) -> None:
+        self.me = me
+        self.epoch = topology.epoch
+        self.replica = replica
+        self.peers = peers
+        self.clock = clock
+        self.metrics = metrics
+        self.pending: dict[int, Group] = {}
+        self.turn = 0
+        self._ring = ring
+        self._all = tuple(member.node_id for member in topology.members)
+        self._everywhere = topology.replica_count == len(topology.members)
+        self._needed = {level: level.needed(topology.replica_count) for level in Consistency}
+        self._ids = 0
+        self._bytes = 0
+        self._bytes_max = pending_bytes_max
+        self._wheel: TimerWheel[int] = TimerWheel(clock.monotonic())
+        self._slow_s = slow_s or float("inf")
+
+    def needed(self, consistency: int) -> int:
+        """Replicas that a level waits for. Raises InvalidConsistency."""
+        needed = self._needed.get(consistency)  # type: ignore[call-overload]  # an IntEnum is found by its number
+        if needed is None:
+            raise InvalidConsistency(f"unknown consistency {consistency}")
+        return int(needed)
+
+    def admit(self, keys: Sequence[bytes], values: Sequence[bytes] = ()) -> int:
+        """What the batch counts for. Raises InvalidRequest for what no client of ours sends, Overloaded past the
+        bound."""
+        if not keys:
+            raise InvalidRequest("a batch without keys")
+        if max(map(len, keys)) > KEY_BYTES_MAX or not all(keys):
+            raise InvalidKey(f"a key has 1 to {KEY_BYTES_MAX} bytes")
+        cost = KEY_COST_BYTES * len(keys) + sum(map(len, values))
+        if self._bytes + cost > self._bytes_max:
+            raise Overloaded(f"requests of {self._bytes} bytes are under way at {self.me} already")
+        self._bytes += cost
+        return cost
+
+    def parts(self, keys: list[bytes]) -> list[Part]:
+        """The batch split by replica set."""
+        if self._everywhere:
+            return [(None, keys, self._all)]
+        replicas_of = self._ring.replicas
+        split: dict[tuple[str, ...], list[int]] = {}
+        for index, key in enumerate(keys):
+            split.setdefault(replicas_of(key), []).append(index)
+        if len(split) == 1:
+            return [(None, keys, next(iter(split)))]
+        return [(places, [keys[i] for i in places], replicas) for replicas, places in split.items()]
+
+    def enter(self, group: Group, operation: Operation) -> int:
+        """The group's id; it ends at the operation's deadline at the latest."""
+        self._ids = number = self._ids + 1
+        self.pending[number] = group
+        self._wheel.add(operation.started + min(operation.request.timeout_ms, TIMEOUT_MS_MAX) / 1000, number)
+        return number
+
+    def finish(self, operation: Operation, observe: Callable[[float, int], None], answer: Message) -> None:
+        """Sends the answer of an operation whose groups have all ended."""
+        self._bytes -= operation.cost
+        count = len(operation.request.keys)
+        elapsed = self.clock.monotonic() - operation.started
+        observe(elapsed, count)
+        if operation.errors is not None:
+            self.metrics.fail_keys(operation.errors)
+        if elapsed > self._slow_s:
+            kind = type(operation.request).__name__
+            _log.warning("slow_request", kind=kind, keys=count, ms=round(elapsed * 1000), trace=operation.trace)
+        try:
+            operation.reply(answer)
+        except (TransportError, Overloaded) as error:
+            _log.info("reply_undeliverable", trace=operation.trace, error=str(error))
+
+    def peer_lost(self, node_id: str, error: DHTError) -> None:
+        """A link broke: what waits for that peer has failed there."""
+        for group in [group for group in self.pending.values() if node_id in group.waiting]:
+            group.lost(node_id, error)
+
+    def advance(self, now: float) -> None:
+        """Ends what is past its deadline."""
+        for number in self._wheel.advance(now):
+            group = self.pending.get(number)
+            if group is not None:
+                group.expired()
+
+
+def refusal(error: Exception) -> DHTError:
+    return error if isinstance(error, DHTError) else InvalidRequest(str(error))

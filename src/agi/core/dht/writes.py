@@ -1,0 +1,327 @@
+"""Writes at a coordinator: stamps records, sends them to all replicas, answers at W (protocol/quorum.py has the rules).
+
+A key in whose way a replica holds something newer is stamped anew above it and written again (PROTOCOLS V2), so that a
+write begun after another was acknowledged wins, whatever the coordinators' clocks say.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from agi.core.dht.errors import (
+    ClockSkew,
+    DHTError,
+    InvalidRequest,
+    NotReady,
+    OutcomeUnknown,
+    Overloaded,
+    StaleEpoch,
+    StorageFull,
+    TransportError,
+    from_wire,
+)
+from agi.core.dht.peers import Peer
+from agi.core.dht.protocol.dedup import RequestTable
+from agi.core.dht.protocol.messages import (
+    FRESH,
+    Delete,
+    DeleteReply,
+    Put,
+    PutReply,
+    ReplicaWrite,
+    ReplicaWriteReply,
+    WireError,
+)
+from agi.core.dht.protocol.quorum import WriteQuorum, Written
+from agi.core.dht.protocol.record import TOMBSTONE, created_ms_of, hlc_of, is_live, pack, pack_batch
+from agi.core.dht.protocol.versioning import HLC
+from agi.core.dht.requests import Operation, ReplyTo, Requests
+from agi.core.dht.transport.codec import encode
+from agi.core.dht.types import TTL_MS_MAX, VALUE_BYTES_MAX
+
+RESTAMPS_MAX = 8
+"""How often a batch is stamped anew against concurrent writers before the call gives up."""
+
+_NOT_STORED = frozenset(kind.code for kind in (ClockSkew, NotReady, Overloaded, StaleEpoch, StorageFull))
+"""Refusals after which a replica certainly does not hold the write (D3)."""
+
+
+class WriteOperation(Operation):
+    """`existed`: places that held a live record at a replica that answered."""
+
+    def __init__(
+        self, request: Put | Delete, reply: ReplyTo, trace: str, started: float, cost: int, client: str
+    ) -> None:
+        Operation.__init__(self, request, reply, trace, started, cost)
+        self.client = client
+        self.existed: set[int] | None = None
+        self.delete = request.__class__ is Delete
+
+
+class Writes:
+    """All writes of one coordinator.
+
+    Args:
+        writer: this node's tie-break in versions (versioning.writer_id).
+        dedup_entries: written keys whose retry by the same client is recognised.
+    """
+
+    def __init__(self, requests: Requests, hlc: HLC, writer: int, dedup_entries: int) -> None:
+        self._requests = requests
+        self.hlc = hlc
+        self.writer = writer
+        self._known: RequestTable[WriteOperation | PutReply | DeleteReply] = RequestTable(dedup_entries)
+
+    def start(self, request: Put | Delete, reply: ReplyTo, client: str) -> None:
+        """Writes a batch; `reply` gets one PutReply or DeleteReply by the deadline."""
+        requests = self._requests
+        known = self._known.get(client, request.id)
+        if known is not None:
+            requests.metrics.retries_deduplicated += 1
+            if isinstance(known, WriteOperation):
+                known.reply = reply
+            else:
+                reply(known)
+            return
+        try:
+            if request.retry:
+                raise OutcomeUnknown(f"{requests.me} no longer knows the first try of this write")
+            values: list[bytes] = []
+            if isinstance(request, Put):
+                values = request.values
+                _check_put(request)
+            needed = requests.needed(request.consistency)
+            cost = requests.admit(request.keys, values)
+        except DHTError as error:
+            kind = PutReply if isinstance(request, Put) else DeleteReply
+            reply(kind(request.id, [], None, error.to_wire()))
+            return
+        operation = WriteOperation(request, reply, f"{client}:{request.id}", requests.clock.monotonic(), cost, client)
+        self._known.add(client, request.id, operation, len(request.keys))
+        parts = requests.parts(request.keys)
+        if len(parts) > 1:
+            operation.left = len(parts)
+            operation.results = [None] * len(request.keys)
+        for places, keys, replicas in parts:
+            WriteGroup(self, requests, operation, places, keys, replicas, needed).start()
+
+    def reply(self, group: WriteGroup, peer: Peer, reply: ReplicaWriteReply) -> None:
+        """A peer answered a write of that group."""
+        group.result(peer.node_id, reply.superseded, reply.live, reply.error)
+
+    def answer(self, operation: WriteOperation) -> None:
+        """Every key is decided."""
+        request, metrics = operation.request, self._requests.metrics
+        count = len(request.keys)
+        reply: PutReply | DeleteReply
+        if operation.delete:
+            metrics.deletes += count
+            observe = metrics.delete_latency.observe
+            existed = operation.existed or ()
+            reply = DeleteReply(request.id, [place in existed for place in range(count)], operation.errors)
+        else:
+            metrics.puts += count
+            observe = metrics.put_latency.observe
+            failed = {place for place, _ in operation.errors} if operation.errors else ()
+            versions = [
+                0 if record is None or place in failed else int.from_bytes(record[:8], "big")
+                for place, record in enumerate(operation.results)
+            ]
+            reply = PutReply(request.id, versions, operation.errors)
+        self._known.update(operation.client, request.id, reply)
+        self._requests.finish(operation, observe, reply)
+
+
+class WriteGroup(WriteQuorum):
+    """Keys of a batch with one replica set, and their quorum. It stays until every replica has answered or failed."""
+
+    __slots__ = (
+        "answered",
+        "id",
+        "keys",
+        "operation",
+        "places",
+        "records",
+        "replica_set",
+        "requests",
+        "waiting",
+        "writes",
+    )
+
+    def __init__(
+        self,
+        writes: Writes,
+        requests: Requests,
+        operation: WriteOperation,
+        places: list[int] | None,
+        keys: list[bytes],
+        replicas: tuple[str, ...],
+        needed: int,
+    ) -> None:
+        WriteQuorum.__init__(self, needed, len(replicas))
+        self.writes = writes
+        self.requests = requests
+        self.operation = operation
+        self.places = places
+        self.keys = keys
+        self.replica_set = replicas
+        self.waiting: dict[str, None] = {}
+        self.records: list[bytes] = []
+        self.answered = False
+        self.id = 0
+
+    def start(self) -> None:
+        requests, operation = self.requests, self.operation
+        me, connected, waiting = requests.me, requests.peers.connected, self.waiting
+        targets = []
+        for name in self.replica_set:
+            if name == me:
+                waiting[me] = None
+            elif name in connected:
+                waiting[name] = None
+                targets.append(connected[name])
+            else:
+                self.failures += 1
+        local = me in waiting
+        if operation.attempts:
+            self.maybe = 1  # an earlier stamp of these keys may have been stored somewhere
+        if len(waiting) < self.needed:
+            reachable = len(waiting)
+            waiting.clear()
+            self._done(self.unreachable(reachable))
+            return
+        headers = None
+        if local:
+            try:
+                headers = requests.replica.headers(self.keys)
+            except DHTError:
+                headers = None  # the local write below reports it
+        self.records = self._stamp(headers)
+        self.id = requests.enter(self, operation)
+        if targets:
+            frame = encode(
+                ReplicaWrite(self.id, requests.epoch, operation.trace, FRESH, self.keys, self.records, operation.delete)
+            )
+            for peer in targets:
+                try:
+                    peer.send(frame)
+                except (TransportError, Overloaded) as error:
+                    self._failed(peer.node_id, error, maybe_stored=False)
+        if local:
+            requests.replica.write(FRESH, self.keys, self.records, operation.delete, partial(self.result, me), headers)
+
+    def _stamp(self, headers: list[bytes | None] | None) -> list[bytes]:
+        """Packs the records with versions above everything seen. A key that exists keeps its time of creation."""
+        request, keys, hlc, writer = self.operation.request, self.keys, self.writes.hlc, self.writes.writer
+        now_ms = self.requests.clock.wall_ms()
+        first = hlc.tick(now_ms, len(keys))
+        flags, expires_ms = 0, 0
+        if isinstance(request, Put):
+            values = request.values if self.places is None else [request.values[i] for i in self.places]
+            if request.ttl_ms:
+                expires_ms = now_ms + request.ttl_ms
+        else:
+            flags = TOMBSTONE
+            values = [b""] * len(keys)
+        if headers is None or not any(headers):
+            return pack_batch(keys, values, first, writer, now_ms, expires_ms, flags)
+        records = []
+        for version, (key, value, header) in enumerate(zip(keys, values, headers, strict=True), first):
+            created_ms = now_ms
+            if header is not None:
+                known = hlc_of(header)
+                if known >= version:
+                    hlc.observe(known)
+                    version = hlc.tick(now_ms)
+                if is_live(header, now_ms):
+                    created_ms = created_ms_of(header)
+            records.append(pack(key, value, version, writer, created_ms, expires_ms, flags))
+        return records
+
+    def result(
+        self, replica: str, superseded: list[tuple[int, int]] | None, live: list[int] | None, error: WireError | None
+    ) -> None:
+        """What a replica answered. Late and doubled answers are ignored."""
+        if error is not None:
+            self._failed(replica, from_wire(*error), maybe_stored=error[0] not in _NOT_STORED)
+            return
+        if replica not in self.waiting:
+            return
+        del self.waiting[replica]
+        self.add_ack(superseded)
+        if live:
+            existed = self.operation.existed
+            if existed is None:
+                existed = self.operation.existed = set()
+            existed.update(live if self.places is None else [self.places[i] for i in live])
+        self._step()
+
+    def lost(self, replica: str, error: DHTError) -> None:
+        self._failed(replica, error, maybe_stored=True)
+
+    def expired(self) -> None:
+        if not self.answered:
+            self._done(self.shortfall("no quorum by the deadline"))
+        self.waiting.clear()
+        self.requests.pending.pop(self.id, None)
+
+    def _failed(self, replica: str, error: DHTError, *, maybe_stored: bool) -> None:
+        if replica not in self.waiting:
+            return
+        del self.waiting[replica]
+        self.requests.metrics.replica_errors += 1
+        self.add_failure(error, maybe_stored=maybe_stored)
+        self._step()
+
+    def _step(self) -> None:
+        if not self.answered:
+            outcome = self.step()
+            if outcome is not None:
+                if isinstance(outcome, Written) and outcome.restamp:
+                    self._restamp(outcome.restamp)
+                else:
+                    self._done(outcome)
+        if not self.waiting:
+            self.requests.pending.pop(self.id, None)
+
+    def _restamp(self, restamp: list[tuple[int, int]]) -> None:
+        """Newer versions are in the way of some keys: write those again, above them (V2)."""
+        operation = self.operation
+        operation.attempts += 1
+        self.requests.metrics.restamps += len(restamp)
+        self.writes.hlc.observe(max(hlc for _, hlc in restamp))
+        indexes = [index for index, _ in restamp]
+        places = indexes if self.places is None else [self.places[i] for i in indexes]
+        if operation.attempts > RESTAMPS_MAX:
+            operation.fail(places, OutcomeUnknown(f"other writers were faster {RESTAMPS_MAX} times"))
+            self._done(Written([]))
+            return
+        operation.left += 1
+        self._done(Written([]))
+        keys = [self.keys[i] for i in indexes]
+        WriteGroup(self.writes, self.requests, operation, places, keys, self.replica_set, self.needed).start()
+
+    def _done(self, outcome: Written | DHTError) -> None:
+        self.answered = True
+        operation = self.operation
+        if isinstance(outcome, DHTError):
+            if self.places is None:
+                operation.results = [None] * len(self.keys)
+            operation.fail(range(len(self.keys)) if self.places is None else self.places, outcome)
+        elif self.places is None:
+            operation.results = list(self.records)
+        else:
+            for place, record in zip(self.places, self.records, strict=True):
+                operation.results[place] = record
+        operation.left -= 1
+        if not operation.left:
+            self.writes.answer(operation)
+
+
+def _check_put(request: Put) -> None:
+    if len(request.values) != len(request.keys):
+        raise InvalidRequest("a batch needs one value for each key")
+    if not 0 <= request.ttl_ms <= TTL_MS_MAX:
+        raise InvalidRequest(f"a ttl is 0 to {TTL_MS_MAX} ms")
+    if request.values and max(map(len, request.values)) > VALUE_BYTES_MAX:
+        raise InvalidRequest(f"a value has at most {VALUE_BYTES_MAX} bytes")
