@@ -538,9 +538,10 @@ class Node:
     # --- requests of coordinators
 
     def _stale(self, session: Session, epoch: int) -> WireError | None:
+        """Why a replica request is refused. Clients may read replicas directly; only members may write to them."""
         if self.topology is None:
             return NotReady(f"{self.node_id} is not ready: {self.waiting_for}").to_wire()
-        if not session.member:
+        if not session.member and session.kind != "client":
             session.member = session.kind == "node" and session.name in self.topology.by_id
             if not session.member:
                 return HelloRefused(f"{session.name} is not a member of this cluster").to_wire()
@@ -567,6 +568,8 @@ class Node:
 
     def _replica_write(self, session: Session, link: Link, request: ReplicaWrite) -> None:
         stale = self._stale(session, request.epoch)
+        if session.kind == "client":
+            raise ProtocolMismatch("a client does not write to replicas")
         if stale is None and (not request.keys or len(request.keys) != len(request.records)):
             raise ProtocolMismatch("a replica write has as many records as keys, and at least one")
         if stale is not None:

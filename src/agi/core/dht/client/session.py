@@ -18,6 +18,7 @@ import msgspec
 import structlog
 
 from agi.core.dht.client.batches import Batch, Kind
+from agi.core.dht.client.direct import DIRECT_KEYS_MAX, DirectReads
 from agi.core.dht.clock import Clock
 from agi.core.dht.errors import (
     ClientClosed,
@@ -41,6 +42,7 @@ from agi.core.dht.protocol.messages import (
     PutReply,
     Query,
     QueryReply,
+    ReplicaReadReply,
     Scan,
     ScanReply,
     WireError,
@@ -103,7 +105,7 @@ class Session:
     ) -> None:
         self._seed = seed
         self._data = data
-        self._clock = clock
+        self.clock = clock
         self._rng = rng
         self._cluster = cluster
         self._pool_size = pool_size
@@ -124,6 +126,9 @@ class Session:
         self.nodes: dict[str, Remote] = {}
         self.up: list[Remote] = []
         """Connected nodes, sorted by name."""
+        self.direct = DirectReads(self)
+        self.epoch = 0
+        self.replica_count = 0
         self.ring: Ring | None = None
         """None while every node holds every key."""
         self.topology: dict[str, Any] = {}
@@ -140,7 +145,7 @@ class Session:
         error: DHTError = ConnectFailed("no address was given")
         while True:
             for address in addresses:
-                remaining = deadline - self._clock.monotonic()
+                remaining = deadline - self.clock.monotonic()
                 if remaining <= 0:
                     raise error
                 try:
@@ -158,13 +163,13 @@ class Session:
                         self._refresher = self._loop.create_task(self._refresh())
                         return
                     error = ConnectFailed(f"the members that {address} named could not be reached")
-            await asyncio.sleep(min(0.1, max(0.0, deadline - self._clock.monotonic())))
+            await asyncio.sleep(min(0.1, max(0.0, deadline - self.clock.monotonic())))
 
     async def _connected(self, deadline: float) -> bool:
         """Waits for the links of all members, but not long for those that fail."""
-        patience = min(deadline, self._clock.monotonic() + 1.0)
-        while self._clock.monotonic() < deadline:
-            if self.up and (len(self.up) == len(self.nodes) or self._clock.monotonic() > patience):
+        patience = min(deadline, self.clock.monotonic() + 1.0)
+        while self.clock.monotonic() < deadline:
+            if self.up and (len(self.up) == len(self.nodes) or self.clock.monotonic() > patience):
                 return True
             await asyncio.sleep(0.005)
         return bool(self.up)
@@ -188,6 +193,8 @@ class Session:
         self.read_consistency = Consistency.parse(topology["read_consistency"])
         self.write_consistency = Consistency.parse(topology["write_consistency"])
         members = {member["node_id"]: member for member in topology["members"]}
+        self.epoch = topology["epoch"]
+        self.replica_count = min(topology["factor"], len(members))
         for name in [name for name in self.nodes if name not in members]:
             self._drop(self.nodes.pop(name))
         for name, member in members.items():
@@ -297,6 +304,7 @@ class Session:
                 future.set_exception(Unavailable(reason.message))
         remote.wake.set()
         remote.down.set()
+        self.direct.lost(remote)
         for batch in lost:
             del self._batches[batch.id]
             if batch.kind is Kind.GET:
@@ -323,10 +331,40 @@ class Session:
         self._route(batch, set())
 
     def _route(self, batch: Batch, avoid: set[str]) -> None:
-        self._turn += 1
         if self.closed:
             batch.fail(ClientClosed("the client is closed"))
             return
+        if batch.kind is Kind.GET and not batch.attempts and self._read_directly(batch):
+            return
+        self._coordinate(batch, avoid)
+
+    def _read_directly(self, batch: Batch) -> bool:
+        """Asks the replicas themselves where the whole batch has one replica set (direct.py)."""
+        if len(batch.keys) > DIRECT_KEYS_MAX or batch.consistency is Consistency.ALL:
+            return False
+        if self.ring is None:
+            up = self.up
+        elif len(batch.keys) == 1:
+            up = [remote for name in self.ring.replicas(batch.keys[0]) if (remote := self.nodes[name]).links]
+        else:
+            return False
+        needed = batch.consistency.needed(self.replica_count)
+        if len(up) < needed:
+            return False
+        self._turn = turn = self._turn + 1
+        first = turn % len(up)
+        nodes = up[first : first + needed]
+        if len(nodes) < needed:
+            nodes += up[: needed - len(nodes)]
+        self._ids = number = self._ids + 1
+        return self.direct.start(batch, number, nodes, self.epoch, f"{self.name}:{number}")
+
+    def coordinate(self, batch: Batch) -> None:
+        """Sends a batch to a coordinator after all."""
+        self._coordinate(batch, set())
+
+    def _coordinate(self, batch: Batch, avoid: set[str]) -> None:
+        self._turn += 1
         up = [remote for remote in self.up if remote.node_id not in avoid] or self.up
         if not up:
             self._later(batch, Unavailable("no node is reachable"))
@@ -354,7 +392,7 @@ class Session:
             self._ids += 1
             batch.id = self._ids
         batch.node, batch.run_id = remote.node_id, remote.run_id
-        left_ms = (batch.deadline - self._clock.monotonic()) * 1000
+        left_ms = (batch.deadline - self.clock.monotonic()) * 1000
         if left_ms <= 0:
             self._expire(batch)
             return
@@ -371,7 +409,7 @@ class Session:
     def _again(self, batch: Batch, error: DHTError) -> None:
         """Nothing was written: try another node while that is worth it."""
         batch.attempts += 1
-        if batch.attempts > self._retry_count or self._clock.monotonic() >= batch.deadline:
+        if batch.attempts > self._retry_count or self.clock.monotonic() >= batch.deadline:
             batch.fail(error if not isinstance(error, TransportError) else Unavailable(str(error)))
         elif isinstance(error, TransportError) and any(r.node_id != batch.node for r in self.up):
             self._route(batch, {batch.node})
@@ -380,7 +418,7 @@ class Session:
 
     def _later(self, batch: Batch, error: DHTError) -> None:
         delay_s = min(0.5, 0.02 * 2**batch.attempts) * (0.5 + self._rng.random())
-        if self._clock.monotonic() + delay_s >= batch.deadline:
+        if self.clock.monotonic() + delay_s >= batch.deadline:
             batch.fail(error)
             return
         batch.node = ""
@@ -388,7 +426,7 @@ class Session:
 
     def _unknown(self, batch: Batch, error: DHTError) -> None:
         """A write that may or may not have happened."""
-        if self._retry_unknown and self._clock.monotonic() < batch.deadline and batch.attempts < self._retry_count:
+        if self._retry_unknown and self.clock.monotonic() < batch.deadline and batch.attempts < self._retry_count:
             batch.attempts += 1
             self._route(batch, {batch.node})
         else:
@@ -397,7 +435,9 @@ class Session:
     def receive(self, message: msgspec.Struct) -> None:
         """A reply, from whatever link."""
         kind = message.__class__
-        if kind is GetReply:
+        if kind is ReplicaReadReply:
+            self.direct.reply(message)  # type: ignore[arg-type]  # mypy does not narrow by __class__
+        elif kind is GetReply:
             self._settle(message.id, message.records, message.errors, message.error)  # type: ignore[attr-defined]
         elif kind is PutReply:
             self._settle(message.id, message.versions, message.errors, message.error)  # type: ignore[attr-defined]
@@ -461,7 +501,8 @@ class Session:
             self._later(batch, error)
 
     def _tick(self) -> None:
-        now = self._clock.monotonic()
+        now = self.clock.monotonic()
+        self.direct.look(now)
         for number in self._wheel.advance(now):
             batch = self._batches.pop(number, None)
             if batch is not None:
@@ -497,12 +538,12 @@ class Session:
 
     async def scan(self, request: Scan, timeout_s: float) -> ScanReply:
         """One page. Tries other nodes on retryable errors until the deadline."""
-        deadline = self._clock.monotonic() + timeout_s
+        deadline = self.clock.monotonic() + timeout_s
         attempts = 0
         while True:
             if self.closed:
                 raise ClientClosed("the client is closed")
-            left_s = deadline - self._clock.monotonic()
+            left_s = deadline - self.clock.monotonic()
             error: DHTError = Unavailable("no node is reachable")
             if self.up and left_s > 0:
                 self._turn += 1
@@ -545,7 +586,7 @@ class Session:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._timer is not None:
             self._timer.cancel()
-        for batch in [*self._batches.values(), *(b for lost in self._lost.values() for b in lost)]:
+        for batch in [*self._batches.values(), *self.direct.end(), *(b for lost in self._lost.values() for b in lost)]:
             batch.fail(error)
         self._batches.clear()
         self._lost.clear()

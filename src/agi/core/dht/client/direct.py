@@ -1,0 +1,111 @@
+"""Quorum reads that the client does itself: it asks R replicas at once and answers if they agree.
+
+That saves the two hops through a coordinator. It is only the short cut for the common case: whenever the replicas
+differ, one fails or is late, or a record's life hangs on a clock, the whole batch goes to a coordinator, which repairs
+and judges (reads.py). What the short cut returns is what R replicas hold, so it is as safe as a coordinator's answer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from agi.core.dht.client.batches import Batch
+from agi.core.dht.errors import Overloaded, TransportError
+from agi.core.dht.protocol.latency import Quantile
+from agi.core.dht.protocol.messages import ReplicaRead, ReplicaReadReply
+from agi.core.dht.protocol.record import EXPIRES, FLAGS
+from agi.core.dht.transport.codec import encode
+
+if TYPE_CHECKING:
+    from agi.core.dht.client.session import Remote, Session
+
+DIRECT_KEYS_MAX = 64
+"""Larger batches gain nothing: their replies cost the client more than the hops do."""
+LATE_PERCENTILE = 0.99
+LATE_FLOOR_S = 0.01
+
+
+class _Read:
+    __slots__ = ("batch", "nodes", "records", "waiting")
+
+    def __init__(self, batch: Batch, nodes: list[Remote]) -> None:
+        self.batch = batch
+        self.nodes = nodes
+        self.waiting = len(nodes)
+        self.records: list[bytes | None] | None = None
+
+
+class DirectReads:
+    """The direct reads of one session."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._reads: dict[int, _Read] = {}
+        self._late: deque[tuple[float, int]] = deque()
+        self._latency = Quantile(LATE_PERCENTILE, start_s=0.05, floor_s=LATE_FLOOR_S)
+
+    def start(self, batch: Batch, number: int, nodes: list[Remote], epoch: int, trace: str) -> bool:
+        """Asks these nodes; False where one could not be asked, so that the batch has to go another way."""
+        frame = encode(ReplicaRead(number, epoch, trace, batch.keys))
+        self._reads[number] = _Read(batch, nodes)
+        try:
+            for node in nodes:
+                node.send(frame)
+        except (TransportError, Overloaded):
+            del self._reads[number]
+            return False
+        now = self._session.clock.monotonic()
+        self._late.append((now + self._latency.value, number))
+        return True
+
+    def reply(self, reply: ReplicaReadReply) -> None:
+        read = self._reads.get(reply.id)
+        if read is None:
+            return
+        batch, records = read.batch, reply.records
+        if reply.error is not None or len(records) != len(batch.keys):
+            self._fall_back(reply.id)
+            return
+        read.waiting -= 1
+        if read.records is None:
+            read.records = records
+        elif read.records != records:
+            self._fall_back(reply.id)
+            return
+        if read.waiting:
+            return
+        for index, record in enumerate(records):
+            if record is not None and record[FLAGS]:
+                if record[FLAGS] == EXPIRES:
+                    self._fall_back(reply.id)  # a coordinator judges by its clock
+                    return
+                records[index] = None
+        del self._reads[reply.id]
+        batch.ok(records)
+
+    def look(self, now: float) -> None:
+        """Gives up on what is late; its coordinator hedges further."""
+        late = self._late
+        while late and late[0][0] <= now:
+            _, number = late.popleft()
+            if number in self._reads:
+                self._latency.add(float("inf"))
+                self._fall_back(number)
+            else:
+                self._latency.add(0.0)
+
+    def lost(self, node: Remote) -> None:
+        """A node's links broke."""
+        for number in [number for number, read in self._reads.items() if node in read.nodes]:
+            self._fall_back(number)
+
+    def end(self) -> list[Batch]:
+        """The batches under way; they are forgotten here."""
+        batches = [read.batch for read in self._reads.values()]
+        self._reads.clear()
+        return batches
+
+    def _fall_back(self, number: int) -> None:
+        read = self._reads.pop(number)
+        self._session.coordinate(read.batch)
