@@ -34,6 +34,10 @@ from agi.core.dht.types import (
 BATCH_KEYS_MAX = 10_000
 """Keys of one request frame; larger batches are split."""
 TIMEOUT_S_MAX = 600.0
+HOLD_KEYS = 32
+"""A batch of fewer calls waits while another of its kind is under way."""
+HOLD_S = 0.001
+"""But never longer, whatever happens to the other."""
 
 
 class DHTClient:
@@ -94,6 +98,7 @@ class DHTClient:
         self._puts: Batch | None = None
         self._others: dict[tuple[Kind, Consistency, int, float], Batch] = {}
         self._flushing = False
+        self._held: asyncio.TimerHandle | None = None
 
     # --- life
 
@@ -115,6 +120,7 @@ class DHTClient:
             retry_count=self._retry_count,
             retry_unknown=self._retry_unknown,
             unix=self._unix,
+            on_settled=self._settled,
         )
         self._loop = asyncio.get_running_loop()
         try:
@@ -128,7 +134,9 @@ class DHTClient:
     async def close(self) -> None:
         """Ends the connection; calls under way fail with ClientClosed. Closing twice is harmless."""
         if self._session is not None:
-            self._flush()
+            self._flush(release=True)
+            if self._held is not None:
+                self._held.cancel()
             await self._session.close()
 
     async def __aenter__(self) -> Self:
@@ -386,22 +394,45 @@ class DHTClient:
             self._loop.call_soon(self._flush)
         return await future
 
-    def _flush(self) -> None:
-        """Sends what this turn has collected."""
+    def _flush(self, release: bool = False) -> None:
+        """Sends what was collected. A small batch waits for one under way, so that few callers share frames as many
+        do, but for HOLD_S at most."""
         self._flushing = False
         session = self._session
         assert session is not None
         gets, puts, others = self._gets, self._puts, self._others
-        self._gets = self._puts = None
         if gets is not None:
-            session.submit(gets)
+            if session.reading and len(gets.keys) < HOLD_KEYS and not release:
+                self._hold()
+            else:
+                self._gets = None
+                session.submit(gets)
         if puts is not None:
-            session.submit(puts)
+            if session.writing and len(puts.keys) < HOLD_KEYS and not release:
+                self._hold()
+            else:
+                self._puts = None
+                session.submit(puts)
         if others:
             self._others = {}
             for batch in others.values():
                 if batch.keys:
                     session.submit(batch)
+
+    def _hold(self) -> None:
+        if self._held is None:
+            self._held = self._loop.call_later(HOLD_S, self._release)
+
+    def _release(self) -> None:
+        self._held = None
+        if self._gets is not None or self._puts is not None:
+            self._flush(release=True)
+
+    def _settled(self) -> None:
+        """A batch has ended: what waited for it may go, with what its callers ask next."""
+        if (self._gets is not None or self._puts is not None) and not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
 
     async def _many(
         self,

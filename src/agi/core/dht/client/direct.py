@@ -45,6 +45,10 @@ class DirectReads:
         self._late: deque[tuple[float, int]] = deque()
         self._latency = Quantile(LATE_PERCENTILE, start_s=0.05, floor_s=LATE_FLOOR_S)
 
+    @property
+    def pending(self) -> int:
+        return len(self._reads)
+
     def start(self, batch: Batch, number: int, nodes: list[Remote], epoch: int, trace: str) -> bool:
         """Asks these nodes; False where one could not be asked, so that the batch has to go another way."""
         frame = encode(ReplicaRead(number, epoch, trace, batch.keys))
@@ -82,6 +86,7 @@ class DirectReads:
                     return
                 records[index] = None
         del self._reads[reply.id]
+        self._session.settled()
         batch.ok(records)
 
     def look(self, now: float) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ class Session:
     Args:
         unix: use a node's Unix socket where it is on this machine.
         retry_count: tries beyond the first, for retryable errors.
+        on_settled: told when a batch has been answered.
         retry_unknown: repeat plain writes whose outcome is unknown at other nodes too.
     """
 
@@ -102,6 +104,7 @@ class Session:
         retry_count: int,
         retry_unknown: bool,
         unix: bool,
+        on_settled: Callable[[], None],
     ) -> None:
         self._seed = seed
         self._data = data
@@ -112,6 +115,7 @@ class Session:
         self._retry_count = retry_count
         self._retry_unknown = retry_unknown
         self._unix = unix
+        self._on_settled = on_settled
         self._loop = asyncio.get_running_loop()
         self._ids = 0
         self._turn = 0
@@ -326,6 +330,18 @@ class Session:
 
     # --- batches
 
+    @property
+    def reading(self) -> bool:
+        return self.direct.pending > 0
+
+    @property
+    def writing(self) -> bool:
+        return bool(self._batches)
+
+    def settled(self) -> None:
+        """A direct read was answered."""
+        self._on_settled()
+
     def submit(self, batch: Batch) -> None:
         """Sends a batch to a node that holds its keys; the result goes to its sink by its deadline."""
         self._route(batch, set())
@@ -421,7 +437,6 @@ class Session:
         if self.clock.monotonic() + delay_s >= batch.deadline:
             batch.fail(error)
             return
-        batch.node = ""
         self._loop.call_later(delay_s, self._route, batch, {batch.node})
 
     def _unknown(self, batch: Batch, error: DHTError) -> None:
@@ -456,6 +471,7 @@ class Session:
         batch = self._batches.pop(number, None)
         if batch is None:
             return
+        self._on_settled()
         if error is not None:
             self._failed(batch, from_wire(*error))
         elif errors is None:
@@ -487,18 +503,9 @@ class Session:
             self._route(batch, set())  # the rest of a reply that was cut
         elif isinstance(error, NotReady):
             batch.attempts += 1
-            self._retry_elsewhere(batch, error)
+            self._later(batch, error)  # a cluster that forms or resumes: worth the whole timeout
         else:
             self._again(batch, error)
-
-    def _retry_elsewhere(self, batch: Batch, error: DHTError) -> None:
-        others = [remote for remote in self.up if remote.node_id != batch.node]
-        if batch.attempts > self._retry_count:
-            batch.fail(error)
-        elif others:
-            self._route(batch, {batch.node})
-        else:
-            self._later(batch, error)
 
     def _tick(self) -> None:
         now = self.clock.monotonic()
