@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import shutil
 import subprocess
-from pathlib import Path
+from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import pytest
@@ -32,7 +33,7 @@ from agi.core.dht.types import VALUE_BYTES_MAX
 KINDS = [getattr(errors, name) for name in errors.__all__ if name != "from_wire"]
 STATUS = {
     "INVALID_ARGUMENT": "InvalidRequest InvalidKey InvalidValue InvalidTTL InvalidConsistency InvalidAddress",
-    "UNAVAILABLE": "Unavailable NotReady TransportError ConnectFailed LinkClosed",
+    "UNAVAILABLE": "Unavailable NotReady Truncated TransportError ConnectFailed LinkClosed",
     "RESOURCE_EXHAUSTED": "Overloaded StorageFull FrameTooLarge",
     "UNKNOWN": "OutcomeUnknown",
     "ABORTED": "StaleEpoch",
@@ -50,7 +51,7 @@ class Service(DHTServicer):
     def __init__(self, error: DHTError | None = None) -> None:
         self.error = error
 
-    async def Get(  # type: ignore[override]
+    async def Get(  # type: ignore[override]  # noqa: N802  # the name is the contract's
         self, request: dht_pb2.GetRequest, context: aio.ServicerContext[dht_pb2.GetRequest, dht_pb2.GetResponse]
     ) -> dht_pb2.GetResponse:
         if self.error is None:
@@ -58,14 +59,14 @@ class Service(DHTServicer):
             raise AssertionError
         await abort(context, self.error)
 
-    async def Put(  # type: ignore[override]
+    async def Put(  # type: ignore[override]  # noqa: N802  # the name is the contract's
         self, request: dht_pb2.PutRequest, context: aio.ServicerContext[dht_pb2.PutRequest, dht_pb2.PutResponse]
     ) -> dht_pb2.PutResponse:
         return dht_pb2.PutResponse(version=len(request.value))
 
 
 @pytest.fixture
-async def service():
+async def service() -> AsyncIterator[tuple[Service, DHTStub]]:
     """A server of the whole contract, and a stub to it."""
     server = aio.server(options=SERVER_OPTIONS)
     service = Service()
@@ -181,10 +182,21 @@ async def _wait_for_end(two: Two, links: int) -> None:
     await two.server.until(lambda: len(two.server.closed) == links)
 
 
-async def test_links_share_a_channel_until_the_last_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = []
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The target of each channel that is opened."""
+    targets: list[str] = []
     insecure_channel = aio.insecure_channel
-    monkeypatch.setattr(aio, "insecure_channel", lambda *a, **k: opened.append(a) or insecure_channel(*a, **k))
+
+    def record(target: str, **kwargs: Any) -> aio.Channel:
+        targets.append(target)
+        return insecure_channel(target, **kwargs)
+
+    monkeypatch.setattr(aio, "insecure_channel", record)
+    return targets
+
+
+async def test_links_share_a_channel_until_the_last_has_ended(opened: list[str]) -> None:
     async with Two() as two:
         links = [await two.transport.connect(two.listener.address, two.client) for _ in range(4)]
         for number, link in enumerate(links):
@@ -204,21 +216,30 @@ async def test_links_share_a_channel_until_the_last_has_ended(monkeypatch: pytes
         assert len(opened) == 2
 
 
-async def test_a_broken_link_leaves_its_channel_to_the_others_and_the_next_gets_a_new_one() -> None:
+async def test_after_a_broken_link_the_next_gets_a_new_channel_and_the_others_keep_theirs(opened: list[str]) -> None:
     async with Two() as two:
-        kept = await two.transport.connect(two.listener.address, two.client)
-        async with aio.insecure_channel(two.listener.address) as channel:
-            call = DHTStub(channel).Exchange(timeout=DEADLINE_S)
-            await call.write(Frame(data=encode(question(1))))
-            await two.server.until(lambda: two.server.heard)
-            call.cancel()
-            await two.server.until(lambda: two.server.closed)
+        kept, broken = [await two.transport.connect(two.listener.address, two.client) for _ in range(2)]
+        broken.send_frame(b"nonsense")
+        await _wait_for_end(two, 1)
+        assert [(link, type(error)) for link, error in two.client.closed] == [(broken, ProtocolMismatch)]
+        assert len(opened) == 1
+        fresh = await two.transport.connect(two.listener.address, two.client)
+        assert len(opened) == 2
+        for number, link in enumerate((kept, fresh)):
+            link.send(question(number))
+            await two.server.until(lambda number=number: number in two.server.ids())
+            link.close()
+        await _wait_for_end(two, 3)
+
+
+async def test_a_client_that_vanishes_is_a_broken_link() -> None:
+    async with Two() as two, aio.insecure_channel(two.listener.address) as channel:
+        call = DHTStub(channel).Exchange(timeout=DEADLINE_S)
+        await call.write(Frame(data=encode(question(1))))
+        await two.server.until(lambda: two.server.heard)
+        call.cancel()
+        await two.server.until(lambda: two.server.closed)
         assert [type(error) for _, error in two.server.closed] == [LinkClosed]
-        kept.send(question(2))
-        await two.server.until(lambda: 2 in two.server.ids())
-        kept.close()
-        await _wait_for_end(two, 1) if len(two.server.closed) == 1 else None
-        await two.server.until(lambda: len(two.server.closed) == 2)
 
 
 async def test_a_stream_that_just_ends_is_a_broken_link_and_a_last_piece_an_orderly_end() -> None:
@@ -271,18 +292,21 @@ async def test_a_port_in_use_is_refused_for_another_server_too() -> None:
             other.add_insecure_port(two.listener.address)
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program to make a certificate")
-async def test_tls(tmp_path: Path) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
+    """The key of a certificate for 127.0.0.1 that signs itself, and the certificate."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the openssl program to make a certificate")
+    folder = tmp_path_factory.mktemp("tls")
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=node"
-    subprocess.run(
-        [*command.split(), "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
-        check=True,
-        capture_output=True,
-        timeout=30,
-    )
-    server = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
-    trusting = grpc.ssl_channel_credentials(root_certificates=certificate.read_bytes())
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
+    subprocess.run([*command.split(), *names], cwd=folder, check=True, capture_output=True, timeout=30)
+    return (folder / "key.pem").read_bytes(), (folder / "cert.pem").read_bytes()
+
+
+async def test_tls(certificate: tuple[bytes, bytes]) -> None:
+    server = grpc.ssl_server_credentials([certificate])
+    trusting = grpc.ssl_channel_credentials(root_certificates=certificate[1])
     async with Two(
         GrpcTransport(server_credentials=server, **PATIENT), GrpcTransport(channel_credentials=trusting, **PATIENT)
     ) as two:

@@ -171,6 +171,24 @@ async def test_closing_behind_a_partition_leaves_the_other_side_half_open() -> N
     assert "silent" in str(two.server.errors(two.far)[0])
 
 
+async def test_the_end_comes_after_what_is_still_under_way(two: Two) -> None:
+    two.network.policy = lambda src, dst, message: [0.2 - message.id / 10]  # type: ignore[attr-defined]
+    two.link.send(question(1))
+    two.link.send(question(2))
+    two.link.close()
+    await two.server.until(lambda: two.server.closed)
+    assert two.server.ids() == [0, 2, 1]
+    assert two.server.errors(two.far) == [None]
+
+
+async def test_a_host_that_crashes_while_it_closes_is_told_nothing(two: Two) -> None:
+    two.far.close()
+    two.network.crash("b")
+    await two.client.until(lambda: two.client.closed)
+    await asyncio.sleep(0)
+    assert two.server.closed == []
+
+
 async def test_lost_pings_alone_break_a_link() -> None:
     two = await Two(**HASTY).start()
     two.network.policy = lambda src, dst, message: [] if type(message) is Ping else [0.0]

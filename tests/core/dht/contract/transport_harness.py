@@ -6,7 +6,7 @@ import abc
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +137,16 @@ class Wire(abc.ABC):
         self.links.append((link, handler))
         return link
 
-    async def pair(self, answer: Callable[[Link, Any], None] | None = None, **timeouts: float) -> Pair:
-        """Two linked sides. The first message, with id 0, has passed."""
-        timeouts = timeouts or PATIENT
-        server, client = Recorder(answer), Recorder()
-        listener = await self.listen(server, self.transport("server", **timeouts))
-        transport = self.transport("client", **timeouts)
-        return await self.another(Pair(transport, listener, client, server))
+    async def pair(
+        self,
+        answer: Callable[[Link, Any], None] | None = None,
+        client: Mapping[str, float] = PATIENT,
+        server: Mapping[str, float] = PATIENT,
+    ) -> Pair:
+        """Two linked sides with these timeouts. The first message, with id 0, has passed."""
+        hears = Recorder(answer)
+        listener = await self.listen(hears, self.transport("server", **server))
+        return await self.another(Pair(self.transport("client", **client), listener, Recorder(), hears))
 
     async def another(self, pair: Pair) -> Pair:
         """A further link between the same two sides."""

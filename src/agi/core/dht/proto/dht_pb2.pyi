@@ -75,7 +75,8 @@ class ErrorDetail(_message.Message):
     RETRYABLE_FIELD_NUMBER: _builtins.int
     code: _builtins.int
     """Stable number of the kind of error: 10-15 invalid request, 30 too few replicas (nothing was written), 31 node not
-    ready, 32 overloaded, 40 outcome unknown, 41 clock skew, 42 stale epoch, 50-54 cluster mismatch, 60-65 storage,
+    ready, 32 overloaded, 33 a batch whose values did not fit one message (ask again for this key), 40 outcome
+    unknown, 41 clock skew, 42 stale epoch, 50-54 cluster mismatch, 60-65 storage,
     70-74 transport. A client treats an unknown number like the tens that it belongs to.
     """
     message: _builtins.str

@@ -1,8 +1,8 @@
 """The records last read or written, so that a merge or a read of a warm key does not go to RocksDB.
 
 Two generations of plain dicts: what is touched is in the young one; when that has taken its half of the budget it
-becomes the old one, and what was old and not touched since is forgotten. That is a second chance for every entry, at the
-price of a `dict.update` for a batch, without a list of uses to maintain.
+becomes the old one, and what was old and not touched since is forgotten. That is a second chance for every entry, at
+the price of a `dict.update` for a batch, without a list of uses to maintain.
 """
 
 from __future__ import annotations

@@ -11,34 +11,31 @@ failed append, so the store reopens the database, at most once a RESUME_INTERVAL
 writes; from then on writes work again. A torn append at the log's end is dropped then: it was never acknowledged.
 
 Every record's checksum is verified when it comes from RocksDB. `headers` and `read` look into a cache of records first
-(a quarter of `cache_size_mb`; the rest is RocksDB's block cache). Point reads are used for any number of keys: for 1, 10
-and 1000 keys they measured 1.04, 0.82 and 0.99 us a key, RocksDB's multi-get 1.26, 0.81 and 1.29.
+(a quarter of `cache_size_mb`; the rest is RocksDB's block cache). Point reads are used for any number of keys: for 1,
+10 and 1000 keys they measured 1.04, 0.82 and 0.99 us a key, RocksDB's multi-get 1.26, 0.81 and 1.29.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import xxhash
-from rocksdict import Checkpoint, Rdict
+from rocksdict import Checkpoint, WriteBatch
 
 from agi.core.dht.errors import StorageClosed, StorageCorrupt, StorageError, StorageFull
-from agi.core.dht.protocol.record import FLAGS, SHRUNK, expires_ms_of, verify
+from agi.core.dht.protocol.record import FLAGS, SHRUNK, verify
 from agi.core.dht.storage import wal_files
 from agi.core.dht.storage.base import Batch, Count, Page, StorageBackend, StoreStats, SyncDone, WalSync
 from agi.core.dht.storage.record_cache import RecordCache
-from agi.core.dht.storage.rocksdb_engine import MIB, Engine, as_storage_error, new_batch
+from agi.core.dht.storage.rocksdb_engine import MIB, Engine, as_storage_error
+from agi.core.dht.storage.rocksdb_scan import CHUNK_ITEMS_MAX, Scanner, walk
 from agi.core.dht.storage.sync_thread import SyncThread
 
-CHUNK_ITEMS_MAX = 256
-CHUNK_BYTES_MAX = 1 * MIB
-"""A scan gives the event loop its turn after so many items or bytes (about 0.5 ms)."""
-EXPIRY_STEPS_MAX = 1024
+EXPIRY_STALE_MAX = 1024
 """Stale expiry entries that one `expired` call looks at and drops, beyond its limit."""
 SYNC_TIMEOUT_S = 30.0
 CHECKPOINT_TIMEOUT_S = 300.0
@@ -46,8 +43,8 @@ CLOSE_TIMEOUT_S = 60.0
 RESUME_INTERVAL_S = 1.0
 RESUME_SPARE_BYTES = 2 * MIB
 """Free space needed to reopen after a full disk, beyond the size of the logs that are replayed."""
-_COUNT = b"i:count"
-_USER = "u:"
+_COUNT = b"count"
+_NAMED = b"named:"
 _NO_EXPIRY = bytes(8)
 
 
@@ -86,6 +83,7 @@ class RocksStore(StorageBackend):
         self._thread: SyncThread | None = None
         self._refusal: StorageError | None = StorageClosed("the store is not open")
         self._sync_error: StorageError | None = None
+        self._scanner = Scanner(self._open_engine, token_of)
         self._reset()
 
     def _reset(self) -> None:
@@ -96,14 +94,14 @@ class RocksStore(StorageBackend):
         self._records = 0
         self._recount: asyncio.Task[None] | None = None
         self._recounted: bytes | None = None  # how far the recount got; None when the count is exact
-        self._recount_error: StorageError | None = None
+        self._recount_failed = False
         self._expiry_floor = b""  # no expiry entry lies below
         self._checkpoint_lock = asyncio.Lock()
 
     # --- opening and closing
 
     async def open(self) -> None:
-        if self._engine is not None or self._thread is not None:
+        if self._thread is not None:
             return
         engine = Engine(self._folder, self._block_cache_bytes)
         self._reset()
@@ -119,7 +117,6 @@ class RocksStore(StorageBackend):
         else:
             self._recounted = b""
             self._recount = self._loop.create_task(self._count_keys(), name=f"recount {self._folder.name}")
-            self._recount.add_done_callback(self._recount_ended)
         if self._wal_sync is WalSync.INTERVAL:
             self._timer = self._loop.call_later(self._interval_s, self._interval_sync)
 
@@ -129,41 +126,49 @@ class RocksStore(StorageBackend):
             return
         if self._timer is not None:
             self._timer.cancel()
-        if self._recount is not None and not self._recount.done():
+        if self._recount is not None:
             self._recount.cancel()
-        async with asyncio.timeout(CHECKPOINT_TIMEOUT_S), self._checkpoint_lock:
-            refusal, self._refusal = self._refusal, StorageClosed("the store is closed")
-        count = self._records.to_bytes(8, "big") if self._recounted is None and refusal is None else None
         try:
-            await thread.run(lambda: self._shut(count, refusal), CLOSE_TIMEOUT_S, "closing the store")
+            async with asyncio.timeout(CHECKPOINT_TIMEOUT_S), self._checkpoint_lock:
+                refusal, self._refusal = self._refusal, StorageClosed("the store is closed")
+                engine, self._engine = self._engine, None
+                if engine is not None:
+                    exact = self._recounted is None and refusal is None
+                    work = partial(self._shut, engine, self._records if exact else None)
+                    await thread.run(work, CLOSE_TIMEOUT_S, "closing the store")
+        except TimeoutError:
+            raise StorageError(f"a copy of the store still runs after {CHECKPOINT_TIMEOUT_S:g} s") from None
         finally:
             thread.stop()
             self._cache.clear()
 
-    def _shut(self, count: bytes | None, refusal: StorageError | None) -> None:
-        engine, self._engine = self._engine, None
-        if engine is None:
-            return
+    def _shut(self, engine: Engine, count: int | None) -> None:
+        failed = self._sync_error is not None
         try:
             if count is not None:
-                engine.meta.put(_COUNT, count)
-            if refusal is None:
-                engine.db.flush_wal(True)
+                engine.meta.put(_COUNT, count.to_bytes(8, "big"))
+            if not failed:
+                self._flush_wal(engine)
         except Exception as error:
-            raise as_storage_error(error, "the last sync failed") from error
+            raise as_storage_error(error, "cannot close the store") from error
         finally:
             try:
                 engine.close()
             except Exception as error:
-                # A store that refused writes cannot flush either; all it acknowledged is in its log.
-                if refusal is None:
+                # One that refused writes cannot flush its memtables; all that it acknowledged is in its log.
+                if count is not None:
                     raise as_storage_error(error, "cannot close the store") from error
 
     def _open_engine(self) -> Engine:
         engine = self._engine
         if engine is None:
-            raise self._refusal or StorageClosed("the store is not open")
+            raise self._again(self._refusal or StorageClosed("the store is not open"))
         return engine
+
+    @staticmethod
+    def _again(refusal: StorageError) -> StorageError:
+        """A fresh copy: one exception object raised many times would gather their tracebacks."""
+        return type(refusal)(refusal.message)
 
     # --- the hot path
 
@@ -199,7 +204,7 @@ class RocksStore(StorageBackend):
             self._resume()
         engine = self._open_engine()
         token_of, records = self._token_of, batch.records
-        writes = new_batch()
+        writes = WriteBatch(raw_mode=True)
         put = writes.put
         for key, record in records.items():
             put(token_of(key) + key, record)
@@ -216,23 +221,24 @@ class RocksStore(StorageBackend):
         except Exception as error:
             raise self._write_failed(error) from error
         self._dirty = True
-        if self._recounted is None:
+        recounted = self._recounted
+        if recounted is None:
             self._records += len(batch.inserts) - len(purged)
-        else:  # keys beyond the recount's position it will meet itself
-            self._records += sum(key <= self._recounted for key in batch.inserts)
-            self._records -= sum(key <= self._recounted for key in purged)
+        else:  # what lies beyond the recount's position it will meet itself
+            self._records += sum(key <= recounted for key in batch.inserts)
+            self._records -= sum(key <= recounted for key in purged)
         self._cache.put(records)
         self._cache.drop(purged)
 
-    def _purge(self, engine: Engine, writes: object, keys: Sequence[bytes]) -> list[bytes]:
+    def _purge(self, engine: Engine, writes: WriteBatch, keys: Sequence[bytes]) -> list[bytes]:
         """Adds the removal of those keys that are there. Their expiry entries are stale now, and dropped when met."""
         try:
             there = [key for key in dict.fromkeys(keys) if engine.keys.get(key) is not None]
         except Exception as error:
             raise as_storage_error(error, "a purge failed") from error
         for key in there:
-            writes.delete(self._token_of(key) + key)  # type: ignore[attr-defined]
-            writes.delete(key, engine.keys_handle)  # type: ignore[attr-defined]
+            writes.delete(self._token_of(key) + key)
+            writes.delete(key, engine.keys_handle)
         return there
 
     def _write_failed(self, error: BaseException) -> StorageError:
@@ -240,77 +246,73 @@ class RocksStore(StorageBackend):
         if isinstance(failure, StorageFull):
             self._resume_at = self._loop.time() + RESUME_INTERVAL_S
         self._refusal = failure
-        return failure
+        return self._again(failure)
 
     def _resume(self) -> None:
         """Reopens the database after a full disk, if there is room now. Raises what writes are refused with."""
         refusal = self._refusal
         assert refusal is not None
-        if not isinstance(refusal, StorageFull) or self._thread is None or self._sync_error is not None:
-            raise self._again(refusal)
-        now = self._loop.time()
-        if now < self._resume_at or self._thread.pending or self._checkpoint_lock.locked():
+        now = self._loop.time() if self._thread is not None else 0.0
+        if (
+            self._thread is None
+            or not isinstance(refusal, StorageFull)
+            or now < self._resume_at
+            or self._thread.pending
+            or self._checkpoint_lock.locked()
+        ):
             raise self._again(refusal)
         self._resume_at = now + RESUME_INTERVAL_S
-        space = os.statvfs(self._folder)
-        if space.f_bavail * space.f_frsize < wal_files.wal_bytes(self._folder) + RESUME_SPARE_BYTES:
-            raise self._again(refusal)
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            try:
-                engine.close()
-            except Exception as error:  # noqa: BLE001 - it flushes what the log has; the failed log writer forbids it
-                self._refusal = as_storage_error(error, refusal.message)
         try:
+            space = os.statvfs(self._folder)
+            if space.f_bavail * space.f_frsize < wal_files.wal_bytes(self._folder) + RESUME_SPARE_BYTES:
+                raise self._again(refusal)
+            engine, self._engine = self._engine, None
+            if engine is not None:
+                engine.close_failed()
             self._engine = Engine(self._folder, self._block_cache_bytes)
-        except StorageFull as error:
-            self._refusal = error
-            raise
+        except Exception as error:
+            self._refusal = as_storage_error(error, "cannot resume after a full disk")
+            raise self._again(self._refusal) from error
         self._refusal = None
-
-    @staticmethod
-    def _again(refusal: StorageError) -> StorageError:
-        """A fresh copy: one exception object raised many times would gather their tracebacks."""
-        return type(refusal)(refusal.message)
 
     # --- durability
 
     def sync(self, done: SyncDone) -> None:
+        self._submit_sync(done)
+
+    def _submit_sync(self, done: SyncDone) -> None:
         if self._thread is None:
             raise StorageClosed("the store is not open")
-        self._thread.submit(self._flush_wal, done)
+        self._thread.submit(partial(self._flush_wal, self._open_engine()), done)
 
-    def _flush_wal(self) -> None:
+    def _flush_wal(self, engine: Engine) -> None:
         """In the sync thread. A failure is final: what was written before it may or may not be on the disk."""
         if self._sync_error is not None:
             raise self._again(self._sync_error)
         try:
             try:
-                self._open_engine().db.flush_wal(True)
+                engine.db.flush_wal(True)
             except Exception as error:
                 if "previous error" not in str(error):
                     raise
-                # An append failed (full disk). RocksDB syncs no more; what was written before is whole.
+                # An append failed (a full disk), after which RocksDB syncs no more; what came before it is whole.
                 wal_files.fsync_wal(self._folder)
         except Exception as error:
-            failure = as_storage_error(error, "a sync failed, the store takes no more writes")
-            if not isinstance(failure, StorageClosed):
-                # Not StorageFull: freeing space does not tell what the disk holds.
-                failure = StorageCorrupt(failure.message) if isinstance(failure, StorageCorrupt) else StorageError(failure.message)
-                self._sync_error = self._refusal = failure
-            raise failure from error
+            failure = StorageError(f"a sync failed, the store takes no more writes: {error}")
+            self._sync_error = self._refusal = failure
+            raise self._again(failure) from error
 
     async def _synced(self) -> None:
         if self._thread is None:
             raise StorageClosed("the store is not open")
-        await self._thread.run(self._flush_wal, SYNC_TIMEOUT_S, "a sync")
+        await self._thread.run(partial(self._flush_wal, self._open_engine()), SYNC_TIMEOUT_S, "a sync")
 
     def _interval_sync(self) -> None:
-        if not self._dirty or self._thread is None:
-            self._timer = self._loop.call_later(self._interval_s, self._interval_sync)
+        if self._thread is None or self._engine is None or not self._dirty:
+            self._interval_synced(None)
             return
         self._dirty = False
-        self._thread.submit(self._flush_wal, self._interval_synced)
+        self._submit_sync(self._interval_synced)
 
     def _interval_synced(self, error: Exception | None) -> None:
         # After an error `_flush_wal` has made every later write fail; there is nothing left to sync.
@@ -327,80 +329,21 @@ class RocksStore(StorageBackend):
         if self.group_sync:
             await self._synced()
 
-    def _chunk(self, family: str, start: bytes) -> Iterator[tuple[bytes, Callable[[], bytes]]]:
-        """(key, value getter) from `start` on. An exhausted iterator proves that it met no damage."""
-        engine = self._open_engine()
-        table: Rdict = engine.db if family == "data" else getattr(engine, family)
-        cursor = table.iter()
-        try:
-            cursor.seek(start)
-            while cursor.valid():
-                yield cursor.key(), cursor.value
-                cursor.next()
-            cursor.status()
-        except Exception as error:
-            raise as_storage_error(error, "a scan failed") from error
-
     async def scan(self, start: bytes, end: bytes | None, limit: int, bytes_max: int) -> Page:
-        items: list[tuple[bytes, bytes]] = []
-        size = 0
-        while True:
-            chunk_bytes = chunk_items = 0
-            get = self._open_engine().db.get
-            for key, _ in self._chunk("keys", start):
-                if end is not None and key >= end:
-                    return Page(items, True)
-                if len(items) >= limit or (items and size > bytes_max):
-                    return Page(items, False)
-                if chunk_items >= CHUNK_ITEMS_MAX or chunk_bytes >= CHUNK_BYTES_MAX:
-                    start = key
-                    break
-                record = get(self._token_of(key) + key)
-                if record is None:
-                    raise StorageCorrupt(f"the key index names {key[:64]!r}, which has no record")
-                items.append((key, verify(key, record)))
-                size += len(key) + len(record)
-                chunk_items += 1
-                chunk_bytes += len(record)
-            else:
-                return Page(items, True)
-            await asyncio.sleep(0)
+        return await self._scanner.by_key(start, end, limit, bytes_max)
 
     async def scan_tokens(self, first: int, last: int, limit: int, after: bytes | None = None) -> Page:
-        start = first.to_bytes(8, "big")
-        if after is not None:
-            start = max(start, self._token_of(after) + after + b"\0")
-        bound = last.to_bytes(8, "big")
-        items: list[tuple[bytes, bytes]] = []
-        while True:
-            chunk_bytes = chunk_items = 0
-            for place, value in self._chunk("data", start):
-                if place[:8] > bound:
-                    return Page(items, True)
-                if len(items) >= limit:
-                    return Page(items, False)
-                if chunk_items >= CHUNK_ITEMS_MAX or chunk_bytes >= CHUNK_BYTES_MAX:
-                    start = place
-                    break
-                key, record = place[8:], value()
-                items.append((key, verify(key, record)))
-                chunk_items += 1
-                chunk_bytes += len(record)
-            else:
-                return Page(items, True)
-            await asyncio.sleep(0)
+        return await self._scanner.by_token(first, last, limit, after)
 
     async def expired(self, before_ms: int, limit: int) -> list[tuple[bytes, bytes]]:
         found: list[tuple[bytes, bytes]] = []
         bound = before_ms.to_bytes(8, "big")
-        start, steps = self._expiry_floor, limit + EXPIRY_STEPS_MAX
-        while steps > 0 and len(found) < limit:
-            stale, after = [], None
-            for count, (entry, _) in enumerate(self._chunk("expiry", start)):
-                if entry[:8] >= bound or len(found) >= limit:
-                    steps = 0
-                    break
-                if count >= min(CHUNK_ITEMS_MAX, steps):
+        start = self._expiry_floor
+        for _ in range(1 + (limit + EXPIRY_STALE_MAX) // CHUNK_ITEMS_MAX):
+            stale: list[bytes] = []
+            after = None
+            for met, (entry, _value) in enumerate(walk(self._open_engine().expiry, start)):
+                if met >= CHUNK_ITEMS_MAX or entry[:8] >= bound or len(found) >= limit:
                     after = entry
                     break
                 key = entry[8:]
@@ -409,25 +352,97 @@ class RocksStore(StorageBackend):
                     found.append((key, record))
                 else:
                     stale.append(entry)
-            if stale:
-                self._drop_expiry(stale)
-            if after is None:
+            if not found and stale and self._expiry_floor == start:
+                # The next call need not step over what is deleted here.
+                self._expiry_floor = stale[-1] + b"\0" if after is None else after
+            self._drop_expiry(stale)
+            if after is None or after[:8] >= bound or len(found) >= limit:
                 break
-            start, steps = after, steps - CHUNK_ITEMS_MAX
+            start = after
             await asyncio.sleep(0)
-        if found:
-            self._expiry_floor = min(self._expiry_floor, expires_ms_of(found[0][1]).to_bytes(8, "big") + found[0][0])
         return found
 
     def _drop_expiry(self, entries: list[bytes]) -> None:
         """Removes stale entries; a store that takes no writes keeps them."""
-        if self._refusal is not None:
+        if not entries or self._refusal is not None:
             return
         engine = self._open_engine()
-        writes = new_batch()
+        writes = WriteBatch(raw_mode=True)
         for entry in entries:
             writes.delete(entry, engine.expiry_handle)
         try:
             engine.db.write(writes)
         except Exception as error:
             raise self._write_failed(error) from error
+
+    async def _count_keys(self) -> None:
+        """Counts after a crash. Where it cannot, scans raise the reason and `count` stays an estimate."""
+        try:
+            position: bytes | None = b""
+            while position is not None:
+                counted, position = self._scanner.count_chunk(position)
+                self._records += counted
+                self._recounted = position
+                await asyncio.sleep(0)
+        except StorageError:
+            self._recount_failed = True
+
+    def _count_now(self, engine: Engine) -> Count:
+        if self._recounted is None:
+            return Count(self._records, True)
+        return Count(engine.keys.property_int_value("rocksdb.estimate-num-keys") or 0, False)
+
+    async def count(self) -> Count:
+        return self._count_now(self._open_engine())
+
+    async def stats(self) -> StoreStats:
+        engine = self._open_engine()
+        count = self._count_now(engine)
+        logs = wal_files.wal_bytes(self._folder)
+        numbers = {
+            "wal_bytes": logs,
+            "block_cache_bytes": engine.cache.get_usage(),
+            "cached_records": len(self._cache),
+            "recount_failed": int(self._recount_failed),
+            "refuses_writes": int(self._refusal is not None),
+        } | engine.numbers()
+        return StoreStats(count.records, count.exact, numbers["sst_bytes"] + logs, numbers)
+
+    async def get_meta(self, name: str) -> bytes | None:
+        engine = self._open_engine()
+        try:
+            stored = engine.meta.get(_NAMED + name.encode())
+        except Exception as error:
+            raise as_storage_error(error, "a read failed") from error
+        if stored is None:
+            return None
+        value = bytes(stored[8:])
+        if xxhash.xxh3_64_digest(value) != stored[:8]:
+            raise StorageCorrupt(f"the node's value {name!r} fails its checksum")
+        return value
+
+    async def put_meta(self, name: str, value: bytes) -> None:
+        if self._refusal is not None:
+            self._resume()
+        try:
+            self._open_engine().meta.put(_NAMED + name.encode(), xxhash.xxh3_64_digest(value) + value)
+        except Exception as error:
+            raise self._write_failed(error) from error
+        await self._synced()
+
+    async def checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """A consistent copy of the open store in a new folder, its files hard links where that can be.
+
+        The event loop goes on while memtables are flushed; rocksdict then holds the GIL for some milliseconds while it
+        links the files. Raises StorageError kinds; the folder must not exist.
+        """
+        try:
+            async with asyncio.timeout(CHECKPOINT_TIMEOUT_S), self._checkpoint_lock:
+                await asyncio.to_thread(_checkpoint, self._open_engine(), os.fspath(path))
+        except Exception as error:
+            raise as_storage_error(error, f"cannot copy the store to {path}") from error
+
+
+def _checkpoint(engine: Engine, path: str) -> None:
+    engine.flush()
+    Checkpoint(engine.db).create_checkpoint(path)

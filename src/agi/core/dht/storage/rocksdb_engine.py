@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 
 import rocksdict
-from rocksdict import BlockBasedOptions, Cache, DBCompressionType, DBRecoveryMode, Options, Rdict, WriteBatch
+from rocksdict import BlockBasedOptions, Cache, DBCompressionType, DBRecoveryMode, Options, Rdict
 
 from agi.core.dht.errors import FolderUnusable, StorageClosed, StorageCorrupt, StorageError, StorageFull
 from agi.core.dht.storage import wal_files
@@ -40,7 +40,7 @@ _UNUSABLE = ("lock hold", "While lock file", "Permission denied", "Read-only fil
 
 
 def as_storage_error(error: BaseException, doing: str, *, opening: bool = False) -> StorageError:
-    """The typed error of whatever rocksdict (or the file system below it) raised. rocksdict tells kinds by text only."""
+    """The typed error of what rocksdict or the file system raised. rocksdict tells kinds by text only."""
     if isinstance(error, StorageError):
         return error
     text = str(error)
@@ -128,9 +128,7 @@ class Engine:
             self.db = Rdict(str(folder), _options(cache), column_families=families)
             try:
                 self.keys, self.expiry, self.meta = map(self.db.get_column_family, families)
-                self.keys_handle, self.expiry_handle, self.meta_handle = map(
-                    self.db.get_column_family_handle, families
-                )
+                self.keys_handle, self.expiry_handle, self.meta_handle = map(self.db.get_column_family_handle, families)
             except Exception:
                 self.db.close()
                 raise
@@ -153,6 +151,19 @@ class Engine:
         for family in (self.db, self.keys, self.expiry, self.meta):
             family.flush(True)
 
+    def close_failed(self) -> None:
+        """`close` after a failed append: it lets go of the folder, but cannot flush. The log has all that it would."""
+        with contextlib.suppress(Exception):
+            self.close()
 
-def new_batch() -> WriteBatch:
-    return WriteBatch(raw_mode=True)
+    def numbers(self) -> dict[str, int]:
+        """RocksDB's own figures, summed over the families."""
+        names = {
+            "sst_bytes": "rocksdb.total-sst-files-size",
+            "memtable_bytes": "rocksdb.cur-size-all-mem-tables",
+            "pending_compaction_bytes": "rocksdb.estimate-pending-compaction-bytes",
+        }
+        families = (self.db, self.keys, self.expiry, self.meta)
+        found = {name: sum(family.property_int_value(key) or 0 for family in families) for name, key in names.items()}
+        found["background_errors"] = self.db.property_int_value("rocksdb.background-errors") or 0
+        return found

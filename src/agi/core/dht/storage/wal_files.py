@@ -68,7 +68,7 @@ def fsync_wal(folder: Path) -> None:
 
 
 def check(folder: Path) -> None:
-    """Raises StorageCorrupt for damage that RocksDB's recovery would hang on or drop silently; OSError if unreadable."""
+    """Raises StorageCorrupt for damage that RocksDB's recovery would hang on or drop silently. Raises OSError."""
     for path in wal_files(folder):
         with path.open("rb") as log:
             number = 0

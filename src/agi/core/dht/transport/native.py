@@ -31,6 +31,8 @@ from agi.core.dht.transport.codec import FrameReader, encode
 from agi.core.dht.types import format_address, parse_address
 
 _log = structlog.get_logger("agi.core.dht.transport")
+LINGER_S = 1.0
+"""How long a closed link waits for the other side's end before it is cut."""
 _PING = encode(Ping())
 _PONG = encode(Pong())
 
@@ -182,6 +184,8 @@ class _NativeLink(Link, asyncio.Protocol):
         self._owner._opened(self)
 
     def data_received(self, data: bytes) -> None:
+        if self.closed:
+            return  # we have ended; this side only waits for the other's end
         owner = self._owner
         self.heard_at = self.loop.time()
         owner._reading = True
@@ -212,7 +216,7 @@ class _NativeLink(Link, asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._owner._links.discard(self)
-        if self._error is None and error is not None:
+        if not self.closed and self._error is None and error is not None:
             self._error = LinkClosed(f"the link to {self.peer} broke: {error}")
         self.closed = True
         self._out.clear()
@@ -248,7 +252,13 @@ class _NativeLink(Link, asyncio.Protocol):
         self._paused = False
         self.flush()
         self.closed = True
-        if self._socket is not None:
+        if self._socket is None:
+            return
+        if self._socket.can_write_eof() and not self._socket.is_closing():
+            # closing with unread bytes would reset the connection and lose what was queued: read on until the peer ends
+            self._socket.write_eof()
+            self.loop.call_later(LINGER_S, self.abort)
+        else:
             self._socket.close()
 
     def abort(self) -> None:

@@ -1,0 +1,71 @@
+"""Three real node processes with RocksDB: the first thing that a user does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from agi.core.dht.client import DHTClient
+
+START_S = 20.0
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+async def _start(port: int, peers: list[int], folder: Path) -> asyncio.subprocess.Process:
+    log = (folder / f"{port}.log").open("ab")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "agi.core.dht.server", "--port", str(port),
+        "--peers", ",".join(f"127.0.0.1:{peer}" for peer in peers), "--path", str(folder / str(port)),
+        "--set", "network.data_port=0", "--set", "network.http_port=0",
+        "--set", f"network.unix_socket={folder / str(port)}.sock",
+        stdout=asyncio.subprocess.PIPE, stderr=log,
+    )  # fmt: skip
+    log.close()
+    assert process.stdout is not None
+    line = await asyncio.wait_for(process.stdout.readline(), START_S)
+    assert json.loads(line)["port"] == port
+    return process
+
+
+async def test_acknowledged_writes_survive_the_kill_of_a_node_and_its_return(tmp_path: Path) -> None:
+    ports = _free_ports(3)
+    nodes = [await _start(port, [other for other in ports if other != port], tmp_path) for port in ports]
+    client = DHTClient(retry_unknown=True, timeout=10)
+    try:
+        await client.connect([f"localhost:{ports[0]}"], timeout=START_S)
+        await client.put("test:key", b"hello world")
+        assert await client.get("test:key") == b"hello world"
+        expected = {f"k{i}": b"%d" % i for i in range(500)}
+        await client.put_many(expected)
+        nodes[0].send_signal(signal.SIGKILL)  # the node that the client bootstrapped from
+        await asyncio.wait_for(nodes[0].wait(), 10)
+        for i in range(500, 700):
+            await client.put(f"k{i}", b"%d" % i)
+            expected[f"k{i}"] = b"%d" % i
+        assert await client.get_many(expected) == expected
+        nodes[0] = await _start(ports[0], ports[1:], tmp_path)
+        assert await client.get_many(expected) == expected
+        assert dict(await client.scan("k", 1000)) == expected
+        assert await client.delete("k0")
+        assert await client.get("k0") is None
+    finally:
+        await client.close()
+        for node in nodes:
+            if node.returncode is None:
+                node.send_signal(signal.SIGTERM)
+        codes = [await asyncio.wait_for(node.wait(), 20) for node in nodes]
+    assert codes == [0, 0, 0]
