@@ -35,17 +35,24 @@ async def _start(port: int, peers: list[int], folder: Path) -> asyncio.subproces
         stdout=asyncio.subprocess.PIPE, stderr=log,
     )  # fmt: skip
     log.close()
-    assert process.stdout is not None
-    line = await asyncio.wait_for(process.stdout.readline(), START_S)
-    assert json.loads(line)["port"] == port
+    try:
+        assert process.stdout is not None
+        line = await asyncio.wait_for(process.stdout.readline(), START_S)
+        assert json.loads(line)["port"] == port
+    except BaseException:
+        process.kill()
+        await process.wait()
+        raise
     return process
 
 
 async def test_acknowledged_writes_survive_the_kill_of_a_node_and_its_return(tmp_path: Path) -> None:
     ports = _free_ports(3)
-    nodes = [await _start(port, [other for other in ports if other != port], tmp_path) for port in ports]
+    nodes: list[asyncio.subprocess.Process] = []
     client = DHTClient(retry_unknown=True, timeout=10)
     try:
+        for port in ports:
+            nodes.append(await _start(port, [other for other in ports if other != port], tmp_path))
         await client.connect([f"localhost:{ports[0]}"], timeout=START_S)
         await client.put("test:key", b"hello world")
         assert await client.get("test:key") == b"hello world"
