@@ -95,7 +95,7 @@ class StorageBackend(abc.ABC):
         """Syncs what is unsynced and lets go of the store. Closing twice is harmless."""
 
     async def get(self, key: bytes) -> bytes | None:
-        """The record of one key, checksum verified."""
+        """The record of one key, its checksum verified where it came from a disk or another process."""
         return (await self.get_many((key,)))[0]
 
     @abc.abstractmethod
@@ -145,7 +145,9 @@ class StorageBackend(abc.ABC):
         return self.read(keys)
 
     def write(self, batch: Batch) -> None:
-        """Stores the batch so that kill -9 of this process cannot lose it, without waiting for the disk."""
+        """Stores the batch so that kill -9 of this process cannot lose it, without waiting for the disk. After
+        StorageFull nothing of it is stored, what was written before is whole and can still be synced, and later writes
+        work again once there is space. Any other error but StorageClosed is final."""
         raise NotImplementedError(f"{self.name} is not a local store")
 
     def sync(self, done: SyncDone) -> None:

@@ -116,7 +116,8 @@ class RocksStore(StorageBackend):
             self._records = int.from_bytes(stored, "big")
         else:
             self._recounted = b""
-            self._recount = self._loop.create_task(self._count_keys(), name=f"recount {self._folder.name}")
+            if self._count_chunk():
+                self._recount = self._loop.create_task(self._count_keys(), name=f"recount {self._folder.name}")
         if self._wal_sync is WalSync.INTERVAL:
             self._timer = self._loop.call_later(self._interval_s, self._interval_sync)
 
@@ -376,16 +377,20 @@ class RocksStore(StorageBackend):
             raise self._write_failed(error) from error
 
     async def _count_keys(self) -> None:
-        """Counts after a crash. Where it cannot, scans raise the reason and `count` stays an estimate."""
+        while self._count_chunk():  # noqa: ASYNC110 - it works, and yields between the steps
+            await asyncio.sleep(0)
+
+    def _count_chunk(self) -> bool:
+        """Counts on after a crash; whether there is more. Where it meets damage, which scans raise, `count` stays an
+        estimate."""
+        assert self._recounted is not None
         try:
-            position: bytes | None = b""
-            while position is not None:
-                counted, position = self._scanner.count_chunk(position)
-                self._records += counted
-                self._recounted = position
-                await asyncio.sleep(0)
+            counted, self._recounted = self._scanner.count_chunk(self._recounted)
         except StorageError:
             self._recount_failed = True
+            return False
+        self._records += counted
+        return self._recounted is not None
 
     def _count_now(self, engine: Engine) -> Count:
         if self._recounted is None:
