@@ -1,1 +1,119 @@
-"""A replicated, self-healing key-value store with no central coordinator."""
+"""A replicated, self-healing key-value store with no central coordinator.
+
+    from agi.core.dht import SyncDHTClient
+
+    with SyncDHTClient() as client:
+        client.connect(["localhost:7000"])
+        client.put("greeting", b"hello", ttl_seconds=60)
+        client.get("greeting")
+
+What is exported here is the public API; all else may change. `DHTClient` is the same client for asyncio. Every error
+is a `DHTError` (errors.py draws the tree).
+
+Module map, from what users see down to what everything stands on; imports only point down:
+
+    cli, admin          command line; HTTP admin
+    testing             simulated clock, network, disk and hosts, for tests of this package and of its users
+    server              the process of one node
+    client              asyncio client, client for threads, mapping view
+    node                wires one node together
+    queries             answers to operators: topology, status, stats, locate
+    coordinator, scan   requests of clients: reads, writes, requests; ordered scans
+    calls, peers        links to the other nodes
+    replica             this node's copy of its keys
+    bootstrap, identity how a cluster forms; what a data folder knows
+    storage, transport  memory, RocksDB, Redis; native frames, gRPC, memory
+    observability       counters
+    config, clock       settings; injected time
+    protocol            pure state machines: quorums, group commit, versions, first topology, messages
+    topology, ring      who owns what; consistent hashing
+    types, errors       values, limits, the error tree
+"""
+
+from agi.core.dht.client import RAW, TEXT, Codec, DHTClient, Json, MappingView, MessagePack, SyncDHTClient
+from agi.core.dht.errors import (
+    BatchError,
+    BootstrapConflict,
+    ClientClosed,
+    ClockSkew,
+    ClonedNode,
+    ClusterError,
+    ConfigError,
+    ConnectFailed,
+    DHTError,
+    FolderMismatch,
+    FolderUnusable,
+    FrameTooLarge,
+    HelloRefused,
+    InvalidAddress,
+    InvalidConsistency,
+    InvalidKey,
+    InvalidRequest,
+    InvalidTTL,
+    InvalidValue,
+    LinkClosed,
+    NotReady,
+    OutcomeUnknown,
+    Overloaded,
+    ProtocolMismatch,
+    StaleEpoch,
+    StorageClosed,
+    StorageCorrupt,
+    StorageError,
+    StorageFull,
+    TransportError,
+    Truncated,
+    Unavailable,
+    UnknownDisk,
+)
+from agi.core.dht.ring import HashRing, Partition
+from agi.core.dht.types import Consistency, Entry, Node
+
+__all__ = [
+    "RAW",
+    "TEXT",
+    "BatchError",
+    "BootstrapConflict",
+    "ClientClosed",
+    "ClockSkew",
+    "ClonedNode",
+    "ClusterError",
+    "Codec",
+    "ConfigError",
+    "ConnectFailed",
+    "Consistency",
+    "DHTClient",
+    "DHTError",
+    "Entry",
+    "FolderMismatch",
+    "FolderUnusable",
+    "FrameTooLarge",
+    "HashRing",
+    "HelloRefused",
+    "InvalidAddress",
+    "InvalidConsistency",
+    "InvalidKey",
+    "InvalidRequest",
+    "InvalidTTL",
+    "InvalidValue",
+    "Json",
+    "LinkClosed",
+    "MappingView",
+    "MessagePack",
+    "Node",
+    "NotReady",
+    "OutcomeUnknown",
+    "Overloaded",
+    "Partition",
+    "ProtocolMismatch",
+    "StaleEpoch",
+    "StorageClosed",
+    "StorageCorrupt",
+    "StorageError",
+    "StorageFull",
+    "SyncDHTClient",
+    "TransportError",
+    "Truncated",
+    "Unavailable",
+    "UnknownDisk",
+]

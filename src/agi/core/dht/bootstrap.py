@@ -83,6 +83,7 @@ class Bootstrapper:
             effect = self.core.step()
             if isinstance(effect, StoreVote):
                 await self._ledger.store_vote(effect.topology)
+                self.core.voted(effect.topology)
                 self._say(f"voted for the first topology over {len(effect.topology.members)} nodes")
                 effect = self.core.step()
             if isinstance(effect, StoreTopology):

@@ -92,7 +92,8 @@ class Reads:
                 return
             hedges.popleft()
             # where this node itself is the slow one, another replica does not help
-            if group.waiting and self._credit >= 1 and self._requests.me not in group.waiting and group.ask_another():
+            slow = group.waiting and not group.repairing and self._requests.me not in group.waiting
+            if slow and self._credit >= 1 and group.ask_another():
                 self._credit -= 1
                 self._requests.metrics.hedges += 1
 
@@ -183,7 +184,7 @@ class ReadGroup(ReadQuorum):
 
     def result(self, replica: str, records: list[bytes | None], error: WireError | None) -> None:
         """What a replica answered. Late and doubled answers are ignored."""
-        if replica not in self.waiting:
+        if replica not in self.waiting or self.repairing:  # during a repair, others are waited for
             return
         if error is not None:
             self.lost(replica, from_wire(*error))

@@ -89,12 +89,14 @@ class Replica:
         if not store.local:
             self._read_remote(keys, done)
             return
+        commit = self._commit
         try:
+            if commit is not None and commit.error is not None:
+                raise commit.error  # what a failed sync left behind is not shown (D2)
             records = store.read(keys)
         except DHTError as error:
             done([], error.to_wire())
             return
-        commit = self._commit
         if commit is None or commit.idle:
             done(self._normal(keys, records), None)
             return
@@ -141,13 +143,12 @@ class Replica:
             return
         items = [(key, self._shrunk(key, record)) for key, record in page.items]
         page = Page(items, page.complete)
-        if self._commit is None or self._commit.idle:
+        commit = self._commit
+        if commit is None or (commit.idle and commit.error is None):
             done(page, None)
             return
         try:  # the scan may have seen what is not synced yet
-            self._commit.park(
-                lambda error: done(page, None) if error is None else done(Page([], False), error.to_wire())
-            )
+            commit.park(lambda error: done(page, None) if error is None else done(Page([], False), error.to_wire()))
         except DHTError as error:
             done(Page([], False), error.to_wire())
 
@@ -179,12 +180,14 @@ class Replica:
         if not self.store.local:
             self._write_remote(mode, keys, records, want_live, done)
             return
+        commit = self._commit
         try:
+            if commit is not None and commit.error is not None:
+                raise commit.error
             if headers is None:
                 headers = self.headers(keys)
                 assert headers is not None
             merged, inserts, superseded, live = self._merge(mode, keys, records, headers, want_live)
-            commit = self._commit
             if commit is None:
                 if merged:
                     self.store.write(Batch(merged, inserts))

@@ -164,12 +164,13 @@ class Scanner:
         pages: dict[str, Page] = {}
         failed: dict[str, DHTError] = {}
         while True:
-            asked = self._choose([name for name in candidates if name not in failed], needed, set(pages))
+            able = [name for name in candidates if name not in failed]
+            asked = self._choose(able, needed, set(pages))
             if asked is None:
                 reason = next(iter(failed.values())).message if failed else "too few replicas are reachable"
-                answered = min(sum(name in pages for name in replicas) for replicas in self._sets)
+                answered = min(sum(name in able for name in replicas) for replicas in self._sets)
                 raise Unavailable(f"a part of the ring is not covered: {reason}", needed=needed, answered=answered)
-            fresh = [name for name in asked if name not in pages]
+            fresh = sorted(asked - pages.keys())
             if not fresh:
                 return pages
             results = await asyncio.gather(*(self._ask(name, request, trace) for name in fresh), return_exceptions=True)

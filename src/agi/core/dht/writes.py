@@ -11,6 +11,7 @@ from functools import partial
 from agi.core.dht.errors import (
     ClockSkew,
     DHTError,
+    FrameTooLarge,
     InvalidRequest,
     NotReady,
     OutcomeUnknown,
@@ -199,9 +200,17 @@ class WriteGroup(WriteQuorum):
         self.records = self._stamp(headers)
         self.id = requests.enter(self, operation)
         if targets:
-            frame = encode(
-                ReplicaWrite(self.id, requests.epoch, operation.trace, FRESH, self.keys, self.records, operation.delete)
+            message = ReplicaWrite(
+                self.id, requests.epoch, operation.trace, FRESH, self.keys, self.records, operation.delete
             )
+            try:
+                frame = encode(message)
+            except FrameTooLarge:  # a record is longer than its value
+                waiting.clear()
+                requests.pending.pop(self.id, None)
+                kind = OutcomeUnknown if self.maybe else InvalidRequest
+                self._done(kind("the batch does not fit a frame between nodes: write fewer keys at a time"))
+                return
             for peer in targets:
                 try:
                     peer.send(frame)

@@ -164,6 +164,8 @@ class DHTClient:
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
+        if len(batch.keys) >= BATCH_KEYS_MAX:
+            self._flush()
         record: bytes | None = await future
         return None if record is None else record[HEADER:]
 
@@ -214,11 +216,11 @@ class DHTClient:
         batch.values.append(value)
         future = self._loop.create_future()
         batch.sink.futures.append(future)  # type: ignore[attr-defined]
-        batch.bytes += len(value)
+        batch.bytes += len(raw) + len(value)
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
-        if batch.bytes > BATCH_BYTES_MAX:
+        if batch.bytes > BATCH_BYTES_MAX or len(batch.keys) >= BATCH_KEYS_MAX:
             self._flush()
         version: int = await future
         return version
@@ -274,18 +276,19 @@ class DHTClient:
     ) -> list[tuple[str, bytes]]:
         """The first `limit` pairs in key order (UTF-8 bytes) under a prefix, or with start <= key < end.
 
-        Complete or an error: Unavailable where a part of the ring is not covered.
+        Complete or an error: Unavailable where a part of the ring is not covered. `timeout` holds for all of it.
         """
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
             raise InvalidRequest(f"limit is a whole number above 0, not {limit!r}")
+        low, high, level, timeout_s = self._range(prefix, SCAN_LIMIT_MAX, start, end, consistency, timeout)
+        deadline = self._clock.monotonic() + timeout_s
         found: list[tuple[str, bytes]] = []
-        async for pair in self.iterate(
-            prefix, page_size=min(limit, SCAN_LIMIT_MAX), start=start, end=end, consistency=consistency, timeout=timeout
-        ):
-            found.append(pair)
-            if len(found) == limit:
-                break
-        return found
+        while True:
+            size = min(limit - len(found), SCAN_LIMIT_MAX)
+            pairs, low = await self._page(low, high, size, level, deadline - self._clock.monotonic())
+            found += pairs
+            if not low or len(found) >= limit:
+                return found
 
     async def iterate(
         self,
@@ -301,9 +304,26 @@ class DHTClient:
 
         A key that exists throughout is returned exactly once; one that comes or goes meanwhile may be or not be.
         """
-        if not 1 <= page_size <= SCAN_LIMIT_MAX:
-            raise InvalidRequest(f"page_size is 1 to {SCAN_LIMIT_MAX}, not {page_size}")
-        session = self._live()
+        low, high, level, timeout_s = self._range(prefix, page_size, start, end, consistency, timeout)
+        while True:
+            pairs, low = await self._page(low, high, page_size, level, timeout_s)
+            for pair in pairs:
+                yield pair
+            if not low:
+                return
+
+    def _range(
+        self,
+        prefix: str,
+        page_size: int,
+        start: str | None,
+        end: str | None,
+        consistency: Consistency | str | None,
+        timeout: float | None,
+    ) -> tuple[bytes, bytes, Consistency, float]:
+        """What a scan asks for, checked: first key, end (empty for none), level and seconds for each page."""
+        if isinstance(page_size, bool) or not isinstance(page_size, int) or not 1 <= page_size <= SCAN_LIMIT_MAX:
+            raise InvalidRequest(f"page_size is 1 to {SCAN_LIMIT_MAX}, not {page_size!r}")
         low = encode_key(prefix) if prefix else b""
         high = prefix_end(low) if prefix else b""
         if start is not None:
@@ -311,14 +331,14 @@ class DHTClient:
         if end is not None:
             high = min(high, encode_key(end)) if high else encode_key(end)
         level = self._level(Kind.GET, consistency)
-        timeout_s = self._timeout_s if timeout is None else _check_timeout(timeout)
-        while True:
-            page = await session.scan(Scan(0, level, 0, low, high, page_size), timeout_s)
-            for key, record in zip(page.keys, page.records, strict=True):
-                yield key.decode(), record[HEADER:]
-            if not page.next:
-                return
-            low = page.next
+        return low, high, level, self._timeout_s if timeout is None else _check_timeout(timeout)
+
+    async def _page(
+        self, low: bytes, high: bytes, size: int, level: Consistency, timeout_s: float, *, keys_only: bool = False
+    ) -> tuple[list[tuple[str, bytes]], bytes]:
+        """One page of a scan and where the next begins (empty: nowhere)."""
+        page = await self._live().scan(Scan(0, level, 0, low, high, size, keys_only), timeout_s)
+        return [(k.decode(), r[HEADER:]) for k, r in zip(page.keys, page.records, strict=True)], page.next
 
     # --- the cluster
 
@@ -392,6 +412,8 @@ class DHTClient:
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
+        if len(batch.keys) >= BATCH_KEYS_MAX:
+            self._flush()
         return await future
 
     def _flush(self, release: bool = False) -> None:

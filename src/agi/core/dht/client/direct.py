@@ -7,7 +7,6 @@ and judges (reads.py). What the short cut returns is what R replicas hold, so it
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING
 
 from agi.core.dht.client.batches import Batch
@@ -15,6 +14,7 @@ from agi.core.dht.errors import Overloaded, TransportError
 from agi.core.dht.protocol.latency import Quantile
 from agi.core.dht.protocol.messages import ReplicaRead, ReplicaReadReply
 from agi.core.dht.protocol.record import EXPIRES, FLAGS
+from agi.core.dht.protocol.timers import TimerWheel
 from agi.core.dht.transport.codec import encode
 
 if TYPE_CHECKING:
@@ -24,15 +24,16 @@ DIRECT_KEYS_MAX = 64
 """Larger batches gain nothing: their replies cost the client more than the hops do."""
 LATE_PERCENTILE = 0.99
 LATE_FLOOR_S = 0.01
+LATE_CEILING_S = 0.25
+"""However slow replicas have been, a coordinator is asked after this, or after half of the call's time."""
 
 
 class _Read:
-    __slots__ = ("batch", "nodes", "records", "waiting")
+    __slots__ = ("batch", "records", "waiting")
 
     def __init__(self, batch: Batch, nodes: list[Remote]) -> None:
         self.batch = batch
-        self.nodes = nodes
-        self.waiting = len(nodes)
+        self.waiting = nodes.copy()
         self.records: list[bytes | None] | None = None
 
 
@@ -42,7 +43,7 @@ class DirectReads:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._reads: dict[int, _Read] = {}
-        self._late: deque[tuple[float, int]] = deque()
+        self._late: TimerWheel[int] = TimerWheel(session.clock.monotonic())
         self._latency = Quantile(LATE_PERCENTILE, start_s=0.05, floor_s=LATE_FLOOR_S)
 
     @property
@@ -60,18 +61,20 @@ class DirectReads:
             del self._reads[number]
             return False
         now = self._session.clock.monotonic()
-        self._late.append((now + self._latency.value, number))
+        patience_s = min(self._latency.value, LATE_CEILING_S, (batch.deadline - now) / 2)
+        self._late.add(now + patience_s, number)
         return True
 
-    def reply(self, reply: ReplicaReadReply) -> None:
+    def reply(self, node: Remote, reply: ReplicaReadReply) -> None:
+        """What a node answered. Late and doubled answers are ignored: one replica may not count for two."""
         read = self._reads.get(reply.id)
-        if read is None:
+        if read is None or node not in read.waiting:
             return
         batch, records = read.batch, reply.records
         if reply.error is not None or len(records) != len(batch.keys):
             self._fall_back(reply.id)
             return
-        read.waiting -= 1
+        read.waiting.remove(node)
         if read.records is None:
             read.records = records
         elif read.records != records:
@@ -91,18 +94,17 @@ class DirectReads:
 
     def look(self, now: float) -> None:
         """Gives up on what is late; its coordinator hedges further."""
-        late = self._late
-        while late and late[0][0] <= now:
-            _, number = late.popleft()
+        for number in self._late.advance(now):
             if number in self._reads:
-                self._latency.add(float("inf"))
+                if self._latency.value < LATE_CEILING_S:
+                    self._latency.add(float("inf"))
                 self._fall_back(number)
             else:
                 self._latency.add(0.0)
 
     def lost(self, node: Remote) -> None:
         """A node's links broke."""
-        for number in [number for number, read in self._reads.items() if node in read.nodes]:
+        for number in [number for number, read in self._reads.items() if node in read.waiting]:
             self._fall_back(number)
 
     def end(self) -> list[Batch]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ from agi.core.dht.protocol.messages import (
 )
 from agi.core.dht.protocol.timers import TICK_S, TimerWheel
 from agi.core.dht.ring import Ring
-from agi.core.dht.transport.base import Link, Transport
+from agi.core.dht.transport.base import Link, LinkHandler, Transport
 from agi.core.dht.transport.codec import encode
 from agi.core.dht.transport.handshake import greet
 from agi.core.dht.types import BULK_VALUE_BYTES, PROTOCOL_VERSION, Consistency, Node, parse_address
@@ -61,6 +61,8 @@ BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 1.0
 REFRESH_S = 2.0
 QUERY_TIMEOUT_S = 2.0
+CLOSE_TIMEOUT_S = 2.0
+"""How long `close` waits for the other ends of its links; they cut themselves off before that."""
 
 
 class Remote:
@@ -122,6 +124,9 @@ class Session:
         self._batches: dict[int, Batch] = {}
         self._queries: dict[int, tuple[str, asyncio.Future[Any]]] = {}
         self._lost: dict[str, list[Batch]] = {}
+        self._delayed: dict[Batch, asyncio.TimerHandle] = {}
+        self._links: set[Link] = set()
+        self._no_links = asyncio.Event()
         self._wheel: TimerWheel[int] = TimerWheel(clock.monotonic())
         self._timer: asyncio.TimerHandle | None = None
         self._refresher: asyncio.Task[None] | None = None
@@ -164,7 +169,7 @@ class Session:
                 else:
                     if await self._connected(deadline):
                         self._timer = self._loop.call_later(TICK_S, self._tick)
-                        self._refresher = self._loop.create_task(self._refresh())
+                        self._refresher = self._own(self._refresh(), "refresh")
                         return
                     error = ConnectFailed(f"the members that {address} named could not be reached")
             await asyncio.sleep(min(0.1, max(0.0, deadline - self.clock.monotonic())))
@@ -183,8 +188,7 @@ class Session:
 
     async def _learn(self, address: str) -> None:
         """Asks one node for the topology over its gRPC port."""
-        asked = _Asking(self)
-        link, _ = await greet(self._seed, address, self.hello(), asked)
+        link, _ = await self._greet(self._seed, address, _Asking(self))
         try:
             self.adopt(await self._query(link, "", Query(0, "topology", int(QUERY_TIMEOUT_S * 1000))))
         finally:
@@ -204,7 +208,7 @@ class Session:
         for name, member in members.items():
             if name not in self.nodes:
                 remote = self.nodes[name] = Remote(name, member["address"])
-                remote.task = self._loop.create_task(self._keep(remote))
+                remote.task = self._own(self._keep(remote), f"keep {name}")
         if len(members) <= topology["factor"]:
             self.ring = None
         elif self.ring is None or {node.node_id for node in self.ring.nodes} != set(members):
@@ -228,6 +232,11 @@ class Session:
                         await self._learn(known[self._rng.randrange(len(known))])
             except (DHTError, TimeoutError) as error:
                 _log.debug("refresh_failed", error=str(error))
+
+    def _own(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = self._loop.create_task(coroutine, name=name)
+        task.add_done_callback(_ended)
+        return task
 
     def _drop(self, remote: Remote) -> None:
         if remote.task is not None:
@@ -258,7 +267,7 @@ class Session:
 
     async def _connect(self, remote: Remote) -> None:
         handler = _NodeHandler(self, remote)
-        seed, hello = await greet(self._seed, remote.address, self.hello(), handler)
+        seed, hello = await self._greet(self._seed, remote.address, handler)
         if hello.name != remote.node_id:
             seed.close()
             raise ProtocolMismatch(f"{remote.address} answered as {hello.name}, not {remote.node_id}")
@@ -287,12 +296,24 @@ class Session:
         address = hello.data_address
         if self._unix and hello.unix_path and Path(hello.unix_path).is_socket():  # noqa: ASYNC240  # once a link
             with contextlib.suppress(ConnectFailed):  # another machine's path may exist here too
-                link, theirs = await greet(self._data, f"unix:{hello.unix_path}", self.hello(), handler)
+                link, theirs = await self._greet(self._data, f"unix:{hello.unix_path}", handler)
                 if theirs.run_id == hello.run_id:
                     return link
                 link.close()
-        link, _ = await greet(self._data, address, self.hello(), handler)
+        link, _ = await self._greet(self._data, address, handler)
         return link
+
+    async def _greet(self, transport: Transport, address: str, handler: LinkHandler) -> tuple[Link, Hello]:
+        link, hello = await greet(transport, address, self.hello(), handler)
+        if not link.closed:
+            self._links.add(link)
+        return link, hello
+
+    def link_ended(self, link: Link) -> None:
+        """Nothing of that link is left."""
+        self._links.discard(link)
+        if not self._links:
+            self._no_links.set()
 
     def link_lost(self, remote: Remote, link: Link, error: DHTError | None) -> None:
         if link not in remote.links:
@@ -437,7 +458,11 @@ class Session:
         if self.clock.monotonic() + delay_s >= batch.deadline:
             batch.fail(error)
             return
-        self._loop.call_later(delay_s, self._route, batch, {batch.node})
+        self._delayed[batch] = self._loop.call_later(delay_s, self._retry, batch)
+
+    def _retry(self, batch: Batch) -> None:
+        del self._delayed[batch]
+        self._route(batch, {batch.node})
 
     def _unknown(self, batch: Batch, error: DHTError) -> None:
         """A write that may or may not have happened."""
@@ -447,11 +472,12 @@ class Session:
         else:
             batch.fail(OutcomeUnknown(f"the write may or may not have happened: {error.message}"))
 
-    def receive(self, message: msgspec.Struct) -> None:
-        """A reply, from whatever link."""
+    def receive(self, remote: Remote | None, message: msgspec.Struct) -> None:
+        """A reply of a node; None stands for an address that was asked before its node is known."""
         kind = message.__class__
         if kind is ReplicaReadReply:
-            self.direct.reply(message)  # type: ignore[arg-type]  # mypy does not narrow by __class__
+            assert remote is not None
+            self.direct.reply(remote, message)  # type: ignore[arg-type]  # mypy does not narrow by __class__
         elif kind is GetReply:
             self._settle(message.id, message.records, message.errors, message.error)  # type: ignore[attr-defined]
         elif kind is PutReply:
@@ -547,11 +573,11 @@ class Session:
         """One page. Tries other nodes on retryable errors until the deadline."""
         deadline = self.clock.monotonic() + timeout_s
         attempts = 0
+        error: DHTError = Unavailable("no node is reachable")
         while True:
             if self.closed:
                 raise ClientClosed("the client is closed")
             left_s = deadline - self.clock.monotonic()
-            error: DHTError = Unavailable("no node is reachable")
             if self.up and left_s > 0:
                 self._turn += 1
                 remote = self.up[self._turn % len(self.up)]
@@ -565,9 +591,11 @@ class Session:
                 except DHTError as failure:
                     error = failure
             attempts += 1
-            if not error.retryable or attempts > self._retry_count or left_s <= 0:
+            left_s = deadline - self.clock.monotonic()
+            tried_enough = attempts > self._retry_count and not isinstance(error, NotReady)
+            if not error.retryable or tried_enough or left_s <= 0:
                 raise error
-            await asyncio.sleep(min(0.02 * 2**attempts, max(0.0, left_s)))
+            await asyncio.sleep(min(0.5, 0.02 * 2**attempts, max(0.0, left_s)))
 
     async def _call(self, link: Link, name: str, message: Query | Scan, timeout_s: float) -> Message:
         self._ids += 1
@@ -593,10 +621,14 @@ class Session:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._timer is not None:
             self._timer.cancel()
-        for batch in [*self._batches.values(), *self.direct.end(), *(b for lost in self._lost.values() for b in lost)]:
+        lost = [batch for batches in self._lost.values() for batch in batches]
+        for handle in self._delayed.values():
+            handle.cancel()
+        for batch in [*self._batches.values(), *self.direct.end(), *lost, *self._delayed]:
             batch.fail(error)
         self._batches.clear()
         self._lost.clear()
+        self._delayed.clear()
         for _, future in self._queries.values():
             if not future.done():
                 future.set_exception(error)
@@ -605,26 +637,43 @@ class Session:
             for link in links:
                 link.close()
         self.up = []
+        for link in list(self._links):
+            link.close()
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                while self._links:
+                    self._no_links.clear()
+                    await self._no_links.wait()
+        except TimeoutError:
+            _log.warning("links_not_ended", links=len(self._links))
+
+
+def _ended(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.critical("background_task_failed", task=task.get_name(), error=repr(error), exc_info=error)
 
 
 class _NodeHandler:
     def __init__(self, session: Session, remote: Remote) -> None:
-        self._receive = session.receive
+        self._receive = partial(session.receive, remote)
         self._lost = partial(session.link_lost, remote)
+        self._ended = session.link_ended
 
     def message(self, link: Link, message: msgspec.Struct) -> None:
         self._receive(message)
 
     def link_closed(self, link: Link, error: DHTError | None) -> None:
+        self._ended(link)
         self._lost(link, error)
 
 
 class _Asking:
     def __init__(self, session: Session) -> None:
-        self._receive = session.receive
+        self._receive = partial(session.receive, None)
+        self._ended = session.link_ended
 
     def message(self, link: Link, message: msgspec.Struct) -> None:
         self._receive(message)
 
     def link_closed(self, link: Link, error: DHTError | None) -> None:
-        return None
+        self._ended(link)

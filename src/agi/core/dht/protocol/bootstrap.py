@@ -28,7 +28,7 @@ from agi.core.dht.topology import Member, Topology, unpack
 
 @dataclass(frozen=True, slots=True)
 class StoreVote:
-    """Store the vote durably before any further Hello leaves."""
+    """Store the vote durably, then report it with `voted`: no Hello tells of it before."""
 
     topology: Topology
 
@@ -104,9 +104,19 @@ class Bootstrap:
         self._answers.pop(address, None)
 
     def answered(self, address: str, hello: Hello) -> StoreTopology | None:
-        """The Hello of whoever answers at that address. Raises ClusterError where two clusters would be mixed."""
+        """The Hello of whoever answers at that address. Raises ClusterError where two clusters would be mixed; then the
+        address counts as unanswered, so that nothing is formed without it."""
+        self._answers.pop(address, None)
+        try:
+            formed = self._judge(address, hello)
+        except ClusterError as error:
+            self._errors[address] = str(error)
+            raise
         self._errors.pop(address, None)
         self._answers[address] = hello.name
+        return formed
+
+    def _judge(self, address: str, hello: Hello) -> StoreTopology | None:
         if hello.name == self._me.node_id:
             if hello.disk_id != self._me.disk_id:
                 raise ClusterError(f"{address} answers as {hello.name}, which is this node's id, with another disk")
@@ -127,6 +137,10 @@ class Bootstrap:
             raise ClusterError(f"the cluster at {address} knows {self._me.node_id} with another disk: replace it")
         return StoreTopology(topology)
 
+    def voted(self, topology: Topology) -> None:
+        """The vote is durable; from here on it is this node's only one."""
+        self.vote = topology
+
     def step(self) -> StoreVote | StoreTopology | Waiting:
         """What to do now. Raises BootstrapConflict where the votes can never agree."""
         missing = [address for address in self.addresses if address not in self._answers]
@@ -145,7 +159,6 @@ class Bootstrap:
         if self.vote is None:
             topology = self._first(self._members())
             topology.check_unique()
-            self.vote = topology
             return StoreVote(topology)
         for hello in self._hellos.values():
             if hello.vote and unpack(hello.vote).digest != self.vote.digest:

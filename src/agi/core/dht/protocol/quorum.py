@@ -66,7 +66,11 @@ class WriteQuorum:
         """The response, or None while replies are missing that can still decide it."""
         needed, acks = self.needed, self.acks
         if acks < needed:
-            return self.shortfall("too few replicas") if self.replicas - self.failures < needed else None
+            if self.replicas - self.failures >= needed:
+                return None
+            if not acks and not self.maybe and not self.complete:
+                return None  # so far nothing was stored: the last answers may make that certain (D3)
+            return self.shortfall("too few replicas")
         if self._behind is None:
             return Written([])
         pending = self.replicas - acks - self.failures

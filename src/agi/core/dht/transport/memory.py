@@ -120,6 +120,9 @@ class MemoryNetwork:
 
     # --- for the transports
 
+    def unheard(self, link: Link) -> None:
+        """A message came to an end that is closed already. Here nothing follows; a simulation may reset the link."""
+
     def now(self) -> float:
         return asyncio.get_running_loop().time()
 
@@ -338,6 +341,7 @@ class _MemoryLink(Link):
         self._under_way_bytes -= len(frame)
         if self.other.closed:
             self._drop(frame, message, "closed")
+            self._network.unheard(self)
             return
         self._network.delivered += 1
         if self._network.trace is not None:

@@ -1,0 +1,377 @@
+"""The client for threads: the asyncio client on an event loop of its own, in one daemon thread.
+
+Every method has the name, arguments and errors of `DHTClient`'s. Calls of many threads that are under way at once share
+frames as concurrent calls of one event loop do, so a thread pool is no slower than `asyncio.gather`.
+
+Threads: every method may be called from any thread at any time; `close` too. KeyboardInterrupt (or any exception that
+a signal handler raises) ends the wait of the main thread alone: the call is cancelled, a write may happen all the
+same, and the client stays usable.
+
+Fork: the loop's thread does not exist in a forked child, so there every call raises ClientClosed. Make the client
+after the fork (in a `multiprocessing` initializer, say). The parent's client is not disturbed by its children.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import os
+import random
+import threading
+import weakref
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Self, TypeVar, overload
+
+import uvloop
+
+from agi.core.dht.client.asynchronous import DHTClient
+from agi.core.dht.client.mapping import RAW, Codec, MappingView
+from agi.core.dht.clock import Clock
+from agi.core.dht.errors import ClientClosed, DHTError
+from agi.core.dht.transport.base import Transport
+from agi.core.dht.types import SCAN_LIMIT_MAX, Consistency, Entry
+
+T = TypeVar("T")
+V = TypeVar("V")
+
+CLOSE_TIMEOUT_S = 5.0
+"""How long `close` waits for the loop's thread."""
+CLOSED = "the client is closed"
+FORKED = "the client belongs to the process that was forked: make one in this process"
+
+
+class _Call:
+    """A call under way: its coroutine, and the task once the loop has begun it."""
+
+    __slots__ = ("coroutine", "result", "task")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        self.coroutine = coroutine
+        self.result: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self.task: asyncio.Task[Any] | None = None
+
+    def fail(self, error: DHTError) -> None:
+        if not self.result.done():
+            self.result.set_exception(error)
+
+
+class _Loop:
+    """An event loop in a daemon thread. It knows nothing of its client, so that a forgotten client can be collected."""
+
+    def __init__(self, client: DHTClient) -> None:
+        self._client = client
+        self._pid = os.getpid()
+        self._loop = uvloop.new_event_loop()
+        self._calls: dict[_Call, None] = {}
+        self._closed = False
+        self._last: asyncio.Task[None] | None = None
+        self._thread = threading.Thread(target=self._run, name="dht-client", daemon=True)
+        self._thread.start()
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs it in the loop and waits for its result. Raises ClientClosed where the loop has ended."""
+        if self._closed or self._pid != os.getpid():
+            coroutine.close()
+            raise ClientClosed(CLOSED if self._pid == os.getpid() else FORKED)
+        call = _Call(coroutine)
+        self._calls[call] = None  # before the loop hears of it: whatever is in here when it ends, fails
+        try:
+            self._loop.call_soon_threadsafe(self._begin, call)
+        except RuntimeError:  # the loop was closed at this moment
+            self._calls.pop(call, None)
+            coroutine.close()
+            raise ClientClosed(CLOSED) from None
+        try:
+            result: T = call.result.result()
+        except BaseException:
+            if not call.result.done():  # the wait was interrupted, not the call
+                with contextlib.suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(self._give_up, call)
+            raise
+        return result
+
+    def stop(self) -> None:
+        """Closes the client and ends the loop; calls under way fail with ClientClosed. Any thread, any number of
+        times."""
+        if self._pid != os.getpid():
+            return
+        self._closed = True
+        with contextlib.suppress(RuntimeError):  # it has ended already
+            self._loop.call_soon_threadsafe(self._finish)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(CLOSE_TIMEOUT_S)
+
+    # --- in the loop's thread
+
+    def _run(self) -> None:
+        loop = self._loop
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_forever()
+        finally:
+            self._closed = True
+            tasks = asyncio.all_tasks(loop)
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            loop.close()
+            for call in list(self._calls):
+                if call.task is None:
+                    call.coroutine.close()
+                call.fail(ClientClosed(CLOSED))
+
+    def _finish(self) -> None:
+        if self._last is None:
+            self._last = self._loop.create_task(self._client.close())
+            self._last.add_done_callback(lambda _: self._loop.stop())
+
+    def _begin(self, call: _Call) -> None:
+        if self._closed:
+            return  # `_run` fails it
+        call.task = self._loop.create_task(call.coroutine)
+        call.task.add_done_callback(partial(self._done, call))
+
+    def _done(self, call: _Call, task: asyncio.Task[Any]) -> None:
+        self._calls.pop(call, None)
+        if task.cancelled():
+            call.fail(ClientClosed(CLOSED))
+        elif (error := task.exception()) is not None:
+            call.result.set_exception(error)
+        else:
+            call.result.set_result(task.result())
+
+    def _give_up(self, call: _Call) -> None:
+        if call.task is not None:
+            call.task.cancel()
+
+
+class SyncDHTClient:
+    """A client of one cluster, for threads.
+
+    Args, methods, results and errors are those of `DHTClient`, without the `await`; `iterate` is a plain iterator, and
+    `map` is here alone. Its thread starts with `connect` and ends with `close`.
+
+    >>> def example() -> None:
+    ...     with SyncDHTClient() as client:
+    ...         client.connect(["localhost:7000"])
+    ...         client.put("greeting", b"hello", ttl_seconds=60)
+    ...         assert client.get("greeting") == b"hello"
+    """
+
+    def __init__(
+        self,
+        *,
+        cluster: str | None = None,
+        timeout: float | None = None,
+        read_consistency: Consistency | str | None = None,
+        write_consistency: Consistency | str | None = None,
+        retry_count: int = 3,
+        retry_unknown: bool = False,
+        connection_pool_size: int = 2,
+        unix: bool = True,
+        seed_transport: Transport | None = None,
+        data_transport: Transport | None = None,
+        clock: Clock | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._client = DHTClient(
+            cluster=cluster,
+            timeout=timeout,
+            read_consistency=read_consistency,
+            write_consistency=write_consistency,
+            retry_count=retry_count,
+            retry_unknown=retry_unknown,
+            connection_pool_size=connection_pool_size,
+            unix=unix,
+            seed_transport=seed_transport,
+            data_transport=data_transport,
+            clock=clock,
+            rng=rng,
+        )
+        self._loop: _Loop | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    # --- life
+
+    def connect(self, addresses: Sequence[str], *, timeout: float = 10.0) -> None:
+        """Finds the cluster: one live address is enough. Raises InvalidAddress, ConnectFailed, NotReady,
+        HelloRefused."""
+        with self._lock:
+            if self._loop is None and not self._closed:
+                self._loop = _Loop(self._client)
+                weakref.finalize(self, self._loop.stop)
+        self._call(self._client.connect(addresses, timeout=timeout))
+
+    def close(self) -> None:
+        """Ends the connection and the thread; calls under way fail with ClientClosed. Closing twice is harmless."""
+        with self._lock:
+            self._closed = True
+            loop = self._loop
+        if loop is not None:
+            loop.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- single keys
+
+    def get(
+        self, key: str, *, consistency: Consistency | str | None = None, timeout: float | None = None
+    ) -> bytes | None:
+        """The value, or None where the key is absent, deleted or expired. Raises InvalidKey, Unavailable."""
+        return self._call(self._client.get(key, consistency=consistency, timeout=timeout))
+
+    def get_entry(
+        self, key: str, *, consistency: Consistency | str | None = None, timeout: float | None = None
+    ) -> Entry | None:
+        """The value with its version and times, or None."""
+        return self._call(self._client.get_entry(key, consistency=consistency, timeout=timeout))
+
+    def exists(self, key: str, *, consistency: Consistency | str | None = None, timeout: float | None = None) -> bool:
+        """Whether the key holds a value."""
+        return self._call(self._client.exists(key, consistency=consistency, timeout=timeout))
+
+    def put(
+        self,
+        key: str,
+        value: bytes,
+        *,
+        ttl_seconds: float | None = None,
+        consistency: Consistency | str | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Stores a value, last writer wins; returns its version. With `ttl_seconds` it expires.
+
+        Raises InvalidKey, InvalidValue, InvalidTTL; Unavailable (nothing written); OutcomeUnknown; ClockSkew.
+        """
+        return self._call(
+            self._client.put(key, value, ttl_seconds=ttl_seconds, consistency=consistency, timeout=timeout)
+        )
+
+    def delete(self, key: str, *, consistency: Consistency | str | None = None, timeout: float | None = None) -> bool:
+        """Deletes a key. True if one of the replicas that answered held a live value."""
+        return self._call(self._client.delete(key, consistency=consistency, timeout=timeout))
+
+    # --- many keys
+
+    def get_many(
+        self, keys: Iterable[str], *, consistency: Consistency | str | None = None, timeout: float | None = None
+    ) -> dict[str, bytes | None]:
+        """The value of each key (None where there is none). Raises BatchError if some could not be read."""
+        return self._call(self._client.get_many(list(keys), consistency=consistency, timeout=timeout))
+
+    def put_many(
+        self,
+        items: Mapping[str, bytes],
+        *,
+        ttl_seconds: float | None = None,
+        consistency: Consistency | str | None = None,
+        timeout: float | None = None,
+    ) -> dict[str, int]:
+        """Stores many values; returns their versions. Not atomic: raises BatchError with those that failed."""
+        items = dict(items)  # the caller's may belong to his thread
+        return self._call(
+            self._client.put_many(items, ttl_seconds=ttl_seconds, consistency=consistency, timeout=timeout)
+        )
+
+    def delete_many(
+        self, keys: Iterable[str], *, consistency: Consistency | str | None = None, timeout: float | None = None
+    ) -> dict[str, bool]:
+        """Deletes many keys; tells which of them held a value. Not atomic: raises BatchError with those that failed."""
+        return self._call(self._client.delete_many(list(keys), consistency=consistency, timeout=timeout))
+
+    # --- scans
+
+    def scan(
+        self,
+        prefix: str = "",
+        limit: int = SCAN_LIMIT_MAX,
+        *,
+        start: str | None = None,
+        end: str | None = None,
+        consistency: Consistency | str | None = None,
+        timeout: float | None = None,
+    ) -> list[tuple[str, bytes]]:
+        """The first `limit` pairs in key order (UTF-8 bytes) under a prefix, or with start <= key < end.
+
+        Complete or an error: Unavailable where a part of the ring is not covered. `timeout` holds for all of it.
+        """
+        return self._call(
+            self._client.scan(prefix, limit, start=start, end=end, consistency=consistency, timeout=timeout)
+        )
+
+    def iterate(
+        self,
+        prefix: str = "",
+        *,
+        page_size: int = SCAN_LIMIT_MAX,
+        start: str | None = None,
+        end: str | None = None,
+        consistency: Consistency | str | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[tuple[str, bytes]]:
+        """Pairs in key order, fetched a page at a time as they are asked for; `timeout` holds for each page.
+
+        A key that exists throughout is returned exactly once; one that comes or goes meanwhile may be or not be.
+        """
+        client = self._client
+        low, high, level, timeout_s = client._range(prefix, page_size, start, end, consistency, timeout)
+        while True:
+            pairs, low = self._call(client._page(low, high, page_size, level, timeout_s))
+            yield from pairs
+            if not low:
+                return
+
+    def _keys(self, prefix: str) -> Iterator[str]:
+        """Keys in order; no value travels to this client."""
+        client = self._client
+        low, high, level, timeout_s = client._range(prefix, SCAN_LIMIT_MAX, None, None, None, None)
+        while True:
+            pairs, low = self._call(client._page(low, high, SCAN_LIMIT_MAX, level, timeout_s, keys_only=True))
+            for key, _ in pairs:
+                yield key
+            if not low:
+                return
+
+    @overload
+    def map(self, prefix: str = "") -> MappingView[bytes]: ...
+    @overload
+    def map(self, prefix: str = "", *, codec: Codec[V]) -> MappingView[V]: ...
+    def map(self, prefix: str = "", *, codec: Codec[Any] = RAW) -> MappingView[Any]:
+        """The keys under a prefix as a dict-like view (mapping.py), named without it. `codec` translates values: RAW
+        (bytes, the default), TEXT, Json(), MessagePack(), or one of your own."""
+        return MappingView(self, prefix, codec)
+
+    # --- the cluster
+
+    def stats(self) -> dict[str, dict[str, Any]]:
+        """Counters of every node by node id; `{"error": ...}` for one that does not answer."""
+        return self._call(self._client.stats())
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        """State of every node by node id (queries.py); `{"error": ...}` for one that does not answer."""
+        return self._call(self._client.status())
+
+    def topology(self) -> dict[str, Any]:
+        """Epoch, settings and members of the cluster, asked anew."""
+        return self._call(self._client.topology())
+
+    def locate(self, key: str) -> dict[str, Any]:
+        """Token and replicas of a key, and what each replica holds."""
+        return self._call(self._client.locate(key))
+
+    # --- inside
+
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        loop = self._loop
+        if loop is None:
+            coroutine.close()
+            raise ClientClosed(CLOSED if self._closed else "the client is not connected: call connect() first")
+        return loop.call(coroutine)

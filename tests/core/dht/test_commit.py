@@ -1,0 +1,169 @@
+"""Group commit under every interleaving that Hypothesis finds: nothing is told before it is durable (D1, D2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from agi.core.dht.errors import DHTError, Overloaded, StorageError, StorageFull
+from agi.core.dht.protocol import commit as core
+from agi.core.dht.protocol.commit import Commit, Effect, Fail, GroupCommit, Release
+
+KEYS = st.sampled_from([b"a", b"b", b"c"])
+
+
+@dataclass(eq=False)
+class Told:
+    """A parked reply: what it tells of, and what became of it."""
+
+    number: int
+    records: dict[bytes, bytes]
+    write: bool
+    outcome: str = "waiting"
+    seen_durable: dict[bytes, bytes] = field(default_factory=dict)
+
+
+class GroupCommitMachine(RuleBasedStateMachine):
+    """The driver, the disk and its cache; records are growing numbers, so newer is greater."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.commit: GroupCommit[Told] = GroupCommit()
+        self.cache: dict[bytes, bytes] = {}
+        self.disk: dict[bytes, bytes] = {}
+        self.syncing: dict[bytes, bytes] | None = None
+        self.told: list[Told] = []
+        self.released: list[int] = []
+        self.dead = False
+        self.version = 0
+        self.inserted: list[bytes] = []
+
+    def perform(self, effects: list[Effect[Told]]) -> None:
+        for effect in effects:
+            if isinstance(effect, Commit):
+                assert self.syncing is None, "two syncs at once"
+                assert not self.dead, "written after a failed sync"
+                self.cache.update(effect.records)
+                self.inserted += effect.inserts
+                self.syncing = dict(self.cache)
+            elif isinstance(effect, Release):
+                for reply in effect.replies:
+                    assert reply.outcome == "waiting"
+                    reply.outcome = "released"
+                    self.released.append(reply.number)
+                    for key, record in reply.records.items():
+                        assert self.disk.get(key, b"") >= record, "told of what is not on the disk"
+            else:
+                assert isinstance(effect, Fail)
+                for reply in effect.replies:
+                    assert reply.outcome == "waiting"
+                    reply.outcome = "failed"
+
+    def visible(self, key: bytes) -> bytes | None:
+        return self.commit.overlay(key) or self.cache.get(key)
+
+    def tell(self, records: dict[bytes, bytes], write: bool) -> Told:
+        reply = Told(len(self.told), records, write)
+        self.told.append(reply)
+        return reply
+
+    @rule(keys=st.lists(KEYS, min_size=1, max_size=3, unique=True))
+    def submit(self, keys: list[bytes]) -> None:
+        self.version += 1
+        records = dict.fromkeys(keys, b"%08d" % self.version)
+        inserts = [key for key in keys if self.visible(key) is None]
+        reply = self.tell(records, True)
+        try:
+            effect = self.commit.submit(dict(records), inserts, reply)
+        except DHTError:
+            assert self.dead
+            reply.outcome = "failed"
+            return
+        assert not self.dead
+        if effect is not None:
+            self.perform([effect])
+
+    @rule(key=KEYS)
+    def read(self, key: bytes) -> None:
+        """As the replica does: what is unsynced is told later, the rest at once."""
+        unsynced = self.commit.overlay(key)
+        if unsynced is None:
+            if not self.dead and (record := self.cache.get(key)) is not None:
+                assert self.disk.get(key) == record, "shown before it is durable"
+            return
+        self.commit.park(self.tell({key: unsynced}, False))
+
+    @precondition(lambda self: self.syncing is not None)
+    @rule()
+    def sync_ends(self) -> None:
+        assert self.syncing is not None
+        self.disk, self.syncing = self.syncing, None
+        self.perform(self.commit.synced())
+
+    @precondition(lambda self: self.syncing is not None)
+    @rule()
+    def sync_fails(self) -> None:
+        self.syncing = None
+        self.dead = True
+        self.perform(self.commit.failed(StorageError("gone"), fatal=True))
+
+    @precondition(lambda self: self.syncing is not None)
+    @rule()
+    def disk_is_full(self) -> None:
+        """The write was refused before anything of it was stored."""
+        self.syncing = None
+        self.cache = dict(self.disk)
+        self.perform(self.commit.failed(StorageFull("full"), fatal=False))
+
+    @invariant()
+    def nobody_is_forgotten(self) -> None:
+        waiting = [reply for reply in self.told if reply.outcome == "waiting"]
+        assert not waiting or self.syncing is not None, "waits for a sync that nobody started"
+        assert self.commit.idle == (self.syncing is None)
+
+    @invariant()
+    def writes_are_answered_in_their_order(self) -> None:
+        writes = [number for number in self.released if self.told[number].write]
+        assert writes == sorted(writes)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "commit"):
+            return
+        while self.syncing is not None:
+            self.sync_ends()
+        assert all(reply.outcome != "waiting" for reply in self.told)
+        if not self.dead and not any(reply.outcome == "failed" for reply in self.told):
+            assert self.disk == self.cache and sorted(self.inserted) == sorted(self.disk)
+
+
+TestGroupCommit = GroupCommitMachine.TestCase
+TestGroupCommit.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+
+
+def test_the_worked_example() -> None:
+    commit: GroupCommit[str] = GroupCommit()
+    first = commit.submit({b"a": b"1"}, [b"a"], "w1")
+    assert first == Commit({b"a": b"1"}, [b"a"])
+    assert commit.submit({b"a": b"2"}, [], "w2") is None
+    assert commit.submit({b"b": b"1"}, [b"b"], "w3") is None
+    assert commit.synced() == [Release(["w1"]), Commit({b"a": b"2", b"b": b"1"}, [b"b"])]
+    assert commit.synced() == [Release(["w2", "w3"])]
+    assert commit.idle and (commit.groups, commit.writes) == (2, 3)
+
+
+def test_the_open_group_is_bounded_but_takes_any_single_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "GROUP_BYTES_MAX", 1000)
+    commit: GroupCommit[str] = GroupCommit()
+    assert commit.submit({b"a": b"x" * 5000}, [b"a"], "w1") is not None
+    assert commit.submit({b"b": b"x" * 5000}, [b"b"], "w2") is None  # alone in its group
+    with pytest.raises(Overloaded):
+        commit.submit({b"c": b"x"}, [b"c"], "w3")
+    assert commit.overlay(b"c") is None
+    released = [effect for effect in commit.synced() if isinstance(effect, Release)]
+    assert released == [Release(["w1"])]
+    assert commit.submit({b"c": b"x"}, [b"c"], "w4") is None
+    assert commit.synced()[0] == Release(["w2"]) and commit.synced() == [Release(["w4"])]

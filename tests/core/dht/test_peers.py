@@ -1,0 +1,141 @@
+"""Links between nodes: who is let in, what happens when links break, which frames take which link."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+from cluster import Cluster, until
+
+from agi.core.dht.errors import ClonedNode, ClusterError, ProtocolMismatch, UnknownDisk
+from agi.core.dht.protocol.messages import Hello, Message, Put, ReplicaWrite, ReplicaWriteReply
+from agi.core.dht.topology import Topology
+from agi.core.dht.types import BULK_VALUE_BYTES
+
+
+async def test_a_broken_link_is_noticed_and_made_again() -> None:
+    async with Cluster(3) as cluster:
+        client = await cluster.client()
+        node = cluster.node(0)
+        for _ in range(3):
+            peer = node.peers.connected["n1"]
+            before = list(peer.links)
+            cluster.network.cut(peer.links[-1])  # one of the pool: all of it is made anew
+            await until(lambda old=before, now=peer: "n1" in node.peers.connected and not set(now.links) & set(old))
+            assert all(link.closed for link in before) and peer.last_error == ""
+            assert await client.put("k", b"1", consistency="ALL") > 0
+
+
+async def test_a_peer_that_restarts_is_found_at_its_new_data_port() -> None:
+    async with Cluster(3) as cluster:
+        before = cluster.node(1).data_address
+        await cluster.down(1)
+        assert "n1" in cluster.node(0).peers.all and "n1" not in cluster.node(0).peers.connected
+        assert cluster.node(0).peers.all["n1"].last_error
+        await cluster.up(1)
+        hello = cluster.node(0).peers.all["n1"].hello
+        assert hello is not None and hello.data_address == cluster.node(1).data_address != before
+
+
+async def test_a_silent_peer_is_given_up() -> None:
+    async with Cluster(3, hasty=True) as cluster:
+        cluster.rule(lambda src, dst, m: [] if "n2" in (src, dst) else None)
+        await until(lambda: "n2" not in cluster.node(0).peers.connected)
+        assert "silent" in cluster.node(0).peers.all["n2"].last_error
+        assert "n1" in cluster.node(0).peers.connected
+
+
+async def test_two_of_three_lost_is_told_by_readiness() -> None:
+    async with Cluster(3) as cluster:
+        assert cluster.node(0).waiting_for == ""
+        await cluster.down(2)
+        assert cluster.node(0).waiting_for == ""
+        await cluster.down(1)
+        assert "n1, n2 missing" in cluster.node(0).waiting_for
+        await cluster.up(1)
+        assert cluster.node(0).waiting_for == ""
+
+
+async def test_strangers_in_known_clothes_are_refused() -> None:
+    async with Cluster(3) as cluster:
+
+        def hello(**changes: object) -> Hello:
+            known = cluster.node(1).hello()
+            for name, value in changes.items():
+                setattr(known, name, value)
+            return known
+
+        topology = cluster.topology
+        assert topology is not None
+        other = Topology.first("dht", 3, 8, "xxh3", topology.members[:2])
+        cases: list[tuple[Hello, type[Exception], str]] = [
+            (hello(disk_id="other"), UnknownDisk, "disk"),
+            (hello(boot=1), ClonedNode, "boot counter"),
+            (hello(run_id="other"), ClonedNode, "copied"),
+            (hello(name="n0"), ClonedNode, "another process runs as n0"),
+            (hello(topology=other.packed), ClusterError, "another cluster"),
+            (hello(protocol=99), ProtocolMismatch, "protocol 99"),
+            (hello(kind="admin"), ProtocolMismatch, "admin"),
+        ]
+        for changed, kind, words in cases:
+            with pytest.raises(kind, match=words):
+                await cluster.wire(0, hello=changed)
+        wire = await cluster.wire(0, hello=hello())
+        assert not wire.closed
+        await cluster.down(1)
+        await cluster.up(1)  # a real restart raises the counter, and is let in
+        with pytest.raises(ClonedNode):
+            await cluster.wire(0, hello=hello(boot=cluster.node(1).hello().boot - 1, run_id="old"))
+
+
+async def test_the_first_message_is_a_hello_and_replies_are_no_requests() -> None:
+    async with Cluster(1, factor=1) as cluster:
+        wire = await cluster.wire(0)
+        wire.link.send(ReplicaWriteReply(1))
+        await until(lambda: wire.closed)
+        from_start = await cluster.wire(0)
+        transport = cluster._transport("client")
+        raw = await transport.connect(cluster.node(0).data_address, from_start)
+        raw.send(Put(1, 2, 1000, [b"k"], [b"1"]))
+        await until(lambda: raw.closed)
+        assert cluster.held("k") == [None]
+
+
+async def test_large_frames_take_the_bulk_links_and_small_ones_do_not_wait_for_them() -> None:
+    """A large record crawls; a small write begun later is acknowledged by the same replicas first."""
+    async with Cluster(3, settings={"dht.network.timeout_ms": 10_000}) as cluster:
+        client = await cluster.client()
+        used: dict[bool, set[object]] = {True: set(), False: set()}
+
+        def rule(src: str, dst: str, message: Message) -> Sequence[float] | None:
+            if isinstance(message, ReplicaWrite):
+                large = len(message.records[0]) >= BULK_VALUE_BYTES
+                used[large].add((src, dst))
+                return (0.3,) if large else None
+            return None
+
+        cluster.rule(rule)
+        large = asyncio.create_task(client.put("large", b"v" * (2 * BULK_VALUE_BYTES), consistency="ALL"))
+        await until(lambda: used[True])
+        for i in range(20):
+            await client.put(f"small{i}", b"1", consistency="ALL")
+        assert not large.done()
+        await large
+        for node in cluster.living():
+            for peer in node.peers.all.values():
+                assert len(peer.links) == 2
+
+
+async def test_frames_are_sent_on_the_link_of_their_size() -> None:
+    async with Cluster(2) as cluster:
+        peer = cluster.node(0).peers.connected["n1"]
+        sent: list[tuple[int, int]] = []
+        for number, link in enumerate(peer.links):
+            send = link.send_frame
+            link.send_frame = lambda frame, n=number, s=send: (sent.append((n, len(frame))), s(frame))[1]  # type: ignore[method-assign]
+        wire = await cluster.wire(0)
+        await wire.ask(Put(0, 3, 2000, [b"small"], [b"v" * 1000]))
+        await wire.ask(Put(0, 3, 2000, [b"large"], [b"v" * BULK_VALUE_BYTES]))
+        await wire.ask(Put(0, 3, 2000, [b"small"], [b"v" * 1000]))
+        assert [(n, size >= BULK_VALUE_BYTES) for n, size in sent] == [(0, False), (1, True), (0, False)]
