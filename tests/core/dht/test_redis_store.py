@@ -105,10 +105,10 @@ async def test_a_full_server_refuses_writes_and_serves_reads(server: RedisServer
         await store.apply(inserts({b"a": rec(b"a")}))
         used = (await client.info("memory"))["used_memory"]
         await client.config_set("maxmemory", used + 200_000)
-        batch = inserts({b"big%d" % at: rec(b"big%d" % at, bytes(1 << 18)) for at in range(4)})
         with pytest.raises(StorageFull):
-            for _ in range(3):
-                await store.apply(batch)
+            for at in range(64):  # new keys each time: what the server frees meanwhile cannot make room for 64 MiB
+                key = b"big%d" % at
+                await store.apply(inserts({key: rec(key, bytes(1 << 20))}))
         with pytest.raises(StorageFull):
             await store.put_meta("m", b"x")
         assert await store.get(b"a") == rec(b"a")
