@@ -29,7 +29,7 @@ CODES = {
     "Overloaded": (32, 14, True),
     "Truncated": (33, 12, True),
     "OutcomeUnknown": (40, 15, False),
-    "ClockSkew": (41, 16, False),
+    "ClockSkew": (41, 16, True),
     "StaleEpoch": (42, 12, True),
     "ClusterError": (50, 17, False),
     "HelloRefused": (51, 17, False),

@@ -6,7 +6,7 @@ from itertools import permutations, product
 
 import pytest
 
-from agi.core.dht.errors import ClockSkew, DHTError, LinkClosed, OutcomeUnknown, Unavailable
+from agi.core.dht.errors import ClockSkew, DHTError, LinkClosed, OutcomeUnknown, StorageFull, Unavailable
 from agi.core.dht.protocol.quorum import Agreed, ReadQuorum, Repair, WriteQuorum, Written, merge
 
 ACK, NEWER, REFUSED, LOST = "ANRL"
@@ -19,7 +19,7 @@ def _apply(quorum: WriteQuorum, place: int, event: str) -> None:
     elif event == NEWER:
         quorum.add_ack([(0, 100 + place)])
     elif event == REFUSED:
-        quorum.add_failure(ClockSkew("no"), maybe_stored=False)
+        quorum.add_failure(StorageFull("no"), maybe_stored=False)
     else:
         quorum.add_failure(LinkClosed("gone"), maybe_stored=True)
 
@@ -184,3 +184,14 @@ def test_a_repair_may_be_stored_at_a_replica_that_was_not_asked() -> None:
 def test_merging_does_not_depend_on_order() -> None:
     replies = [[None, b"1", b"3"], [b"0", None, b"2"], [None, b"2", None]]
     assert {tuple(merge(list(order))) for order in permutations(replies)} == {(b"0", b"2", b"3")}
+
+
+def test_a_write_that_only_clocks_refused_says_so() -> None:
+    quorum = WriteQuorum(2, 3)
+    for _ in range(3):
+        quorum.add_failure(ClockSkew("the version is ahead"), maybe_stored=False)
+    assert type(quorum.step()) is ClockSkew
+    quorum = WriteQuorum(2, 3)
+    quorum.add_failure(ClockSkew("the version is ahead"), maybe_stored=False)
+    quorum.add_failure(LinkClosed("gone"), maybe_stored=True)
+    assert type(quorum.step()) is OutcomeUnknown

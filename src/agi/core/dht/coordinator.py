@@ -36,6 +36,7 @@ class Coordinator:
         *,
         hedge_budget: float,
         dedup_entries: int,
+        max_clock_skew_ms: int,
         pending_bytes_max: int,
         slow_request_ms: int,
     ) -> None:
@@ -47,11 +48,12 @@ class Coordinator:
             peers,
             clock,
             metrics,
+            first_id=(writer & 0xFFFF) << 40,
             pending_bytes_max=pending_bytes_max,
             slow_s=slow_request_ms / 1000,
         )
         self._reads = Reads(self._requests, hedge_budget)
-        self._writes = Writes(self._requests, hlc, writer, dedup_entries)
+        self._writes = Writes(self._requests, hlc, writer, dedup_entries, max_clock_skew_ms)
         self.peer_lost = self._requests.peer_lost
         self.advance = self._requests.advance
 

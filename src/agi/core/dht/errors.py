@@ -154,7 +154,7 @@ class OutcomeUnknown(DHTError):
 
 
 class ClockSkew(DHTError):
-    code, exit_code = 41, 16
+    code, exit_code, retryable = 41, 16, True
 
 
 class StaleEpoch(DHTError):

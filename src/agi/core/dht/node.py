@@ -177,6 +177,8 @@ class Node:
             check=self.check_hello,
             on_message=self._peer_message,
             on_lost=self._peer_lost,
+            on_failed=self._fatal,
+            clock=clock,
             rng=rng,
             pool_size=config.network.connection_pool_size,
             hedge_percentile=config.requests.hedge_percentile,
@@ -339,6 +341,7 @@ class Node:
             self.metrics,
             hedge_budget=config.requests.hedge_budget,
             dedup_entries=config.requests.dedup_entries,
+            max_clock_skew_ms=config.versions.max_clock_skew_ms,
             pending_bytes_max=config.requests.pending_bytes_max_mb << 20,
             slow_request_ms=config.observability.slow_request_ms,
         )
@@ -381,6 +384,7 @@ class Node:
             vote=core.vote.packed if core is not None and core.vote is not None else b"",
             members_seen=core.members_seen if core is not None else [],
             settled=core is not None and core.settled,
+            now_ms=self.replica.now_ms(),
         )
 
     def check_hello(self, theirs: Hello) -> None:
@@ -588,7 +592,7 @@ class Node:
         error: WireError | None,
     ) -> None:
         try:
-            link.send(ReplicaWriteReply(number, superseded, live, error))
+            link.send(ReplicaWriteReply(number, superseded, live, error, self.replica.now_ms()))
         except (TransportError, Overloaded) as failure:
             _log.info("reply_undeliverable", peer=session.name, error=str(failure))
 

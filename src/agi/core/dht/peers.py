@@ -14,6 +14,7 @@ from collections.abc import Callable
 import msgspec
 import structlog
 
+from agi.core.dht.clock import Clock
 from agi.core.dht.errors import DHTError, LinkClosed, NotReady, ProtocolMismatch
 from agi.core.dht.protocol.latency import Quantile
 from agi.core.dht.protocol.messages import Hello
@@ -39,6 +40,8 @@ class Peer:
         self.links: list[Link] = []
         self.hello: Hello | None = None
         self.latency = Quantile(hedge_percentile, start_s=0.02, floor_s=HEDGE_FLOOR_S)
+        self.clock_ms = 0.0
+        """The peer's clock less this node's monotonic one, as its last answer told: whose wall clock jumps is seen."""
         self.down = asyncio.Event()
         self.last_error = "not connected yet"
         self._bulk = 0
@@ -67,6 +70,7 @@ class Peers:
         hello: makes this node's Hello of the moment.
         check: judges a peer's Hello; raises a ClusterError to refuse it.
         on_message: gets each message of a peer after its Hello.
+        on_failed: told when a task that keeps a link died of a bug.
         on_lost: told when a connected peer's links broke.
     """
 
@@ -79,6 +83,8 @@ class Peers:
         check: Callable[[Hello], None],
         on_message: Callable[[Peer, msgspec.Struct], None],
         on_lost: Callable[[str, DHTError], None],
+        on_failed: Callable[[DHTError], None],
+        clock: Clock,
         rng: random.Random,
         pool_size: int,
         hedge_percentile: float,
@@ -89,6 +95,8 @@ class Peers:
         self._check = check
         self._on_message = on_message
         self._on_lost = on_lost
+        self._on_failed = on_failed
+        self._clock = clock
         self._rng = rng
         self._pool_size = pool_size
         self._hedge_percentile = hedge_percentile
@@ -102,6 +110,16 @@ class Peers:
             peer = self.all[member.node_id] = Peer(member, self._hedge_percentile)
             task = asyncio.get_running_loop().create_task(self._keep(peer), name=f"peer {member.node_id}")
             self._tasks.append(task)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.critical("peer_task_failed", task=task.get_name(), exc_info=error)
+            self._on_failed(DHTError(f"{task.get_name()} failed: {error!r}"))
+
+    def heard_clock(self, peer: Peer, now_ms: int) -> None:
+        """What a peer says its clock is."""
+        peer.clock_ms = now_ms - self._clock.monotonic() * 1000
 
     async def stop(self) -> None:
         self._stopping = True
@@ -151,6 +169,7 @@ class Peers:
             for link in links:
                 link.close()
             raise LinkClosed(f"{peer.node_id} closed the link again")
+        self.heard_clock(peer, hello.now_ms)
         peer.hello = hello
         peer.links = links
         peer.down.clear()

@@ -24,7 +24,7 @@ from agi.core.dht.observability.metrics import Metrics
 from agi.core.dht.protocol.commit import Commit, Effect, Fail, GroupCommit, Release
 from agi.core.dht.protocol.messages import FRESH, WireError
 from agi.core.dht.protocol.record import EXPIRES, FLAGS, expires_ms_of, hlc_of, is_live, shrink
-from agi.core.dht.protocol.versioning import HLC
+from agi.core.dht.protocol.versioning import HLC, physical_ms
 from agi.core.dht.storage.base import Batch, Page, StorageBackend
 
 _log = structlog.get_logger("agi.core.dht.replica")
@@ -75,6 +75,10 @@ class Replica:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def now_ms(self) -> int:
+        """What fresh versions are judged by: the wall clock, or the newest version seen where that is ahead (V3)."""
+        return max(self._clock.wall_ms(), physical_ms(self._hlc.last))
 
     @property
     def unsynced(self) -> bool:

@@ -77,6 +77,7 @@ class Requests:
     """The coordinator's books.
 
     Args:
+        first_id: ids start above it; another at each start of the node, so that no late reply meets a stranger.
         pending_bytes_max: keys and values of unfinished requests; past it requests fail with Overloaded.
         slow_s: operations that took at least this long are logged; 0 for none.
     """
@@ -91,6 +92,7 @@ class Requests:
         clock: Clock,
         metrics: Metrics,
         *,
+        first_id: int,
         pending_bytes_max: int,
         slow_s: float,
     ) -> None:
@@ -106,7 +108,7 @@ class Requests:
         self._all = tuple(member.node_id for member in topology.members)
         self._everywhere = topology.replica_count == len(topology.members)
         self._needed = {level: level.needed(topology.replica_count) for level in Consistency}
-        self._ids = 0
+        self._ids = first_id
         self._bytes = 0
         self._bytes_max = pending_bytes_max
         self._wheel: TimerWheel[int] = TimerWheel(clock.monotonic())

@@ -44,6 +44,7 @@ from agi.core.dht.types import BATCH_BYTES_MAX, SCAN_LIMIT_MAX, Consistency
 
 _log = structlog.get_logger("agi.core.dht.scan")
 
+PATIENCE_MIN_S = 0.1
 SCANS_MAX = 64
 """Scans under way at one coordinator; past it callers get Overloaded."""
 
@@ -173,7 +174,10 @@ class Scanner:
             fresh = sorted(asked - pages.keys())
             if not fresh:
                 return pages
-            results = await asyncio.gather(*(self._ask(name, request, trace) for name in fresh), return_exceptions=True)
+            patience_s = max(PATIENCE_MIN_S, request.timeout_ms / 1000 / 3)
+            results = await asyncio.gather(
+                *(self._ask_within(name, request, trace, patience_s) for name in fresh), return_exceptions=True
+            )
             for name, result in zip(fresh, results, strict=True):
                 if isinstance(result, DHTError):
                     failed[name] = result
@@ -181,6 +185,14 @@ class Scanner:
                     raise result
                 else:
                     pages[name] = result
+
+    async def _ask_within(self, name: str, request: Scan, trace: str, patience_s: float) -> Page:
+        """A silent node may not use up the time in which another could answer."""
+        try:
+            async with asyncio.timeout(patience_s):
+                return await self._ask(name, request, trace)
+        except TimeoutError:
+            raise Unavailable(f"{name} did not answer within {patience_s:g} s") from None
 
     def _choose(self, candidates: list[str], needed: int, answered: set[str]) -> set[str] | None:
         """Nodes that cover each replica set `needed` times, those that answered first; None if there are none."""

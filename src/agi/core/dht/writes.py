@@ -65,10 +65,12 @@ class Writes:
     Args:
         writer: this node's tie-break in versions (versioning.writer_id).
         dedup_entries: written keys whose retry by the same client is recognised.
+        max_clock_skew_ms: replicas refuse what is further ahead of them (V3).
     """
 
-    def __init__(self, requests: Requests, hlc: HLC, writer: int, dedup_entries: int) -> None:
+    def __init__(self, requests: Requests, hlc: HLC, writer: int, dedup_entries: int, max_clock_skew_ms: int) -> None:
         self._requests = requests
+        self.skew_ms = max_clock_skew_ms
         self.hlc = hlc
         self.writer = writer
         self._known: RequestTable[WriteOperation | PutReply | DeleteReply] = RequestTable(dedup_entries)
@@ -108,6 +110,7 @@ class Writes:
 
     def reply(self, group: WriteGroup, peer: Peer, reply: ReplicaWriteReply) -> None:
         """A peer answered a write of that group."""
+        self._requests.peers.heard_clock(peer, reply.now_ms)
         group.result(peer.node_id, reply.superseded, reply.live, reply.error)
 
     def answer(self, operation: WriteOperation) -> None:
@@ -138,6 +141,7 @@ class WriteGroup(WriteQuorum):
 
     __slots__ = (
         "answered",
+        "deferred",
         "id",
         "keys",
         "operation",
@@ -169,6 +173,7 @@ class WriteGroup(WriteQuorum):
         self.waiting: dict[str, None] = {}
         self.records: list[bytes] = []
         self.answered = False
+        self.deferred = False
         self.id = 0
 
     def start(self) -> None:
@@ -191,6 +196,11 @@ class WriteGroup(WriteQuorum):
             waiting.clear()
             self._done(self.unreachable(reachable))
             return
+        # This node's own replica judges a version by this node's clock. Where that seems to run ahead of the others',
+        # it stores only what another has taken: else a read would repair a refused write over acknowledged ones.
+        limit_ms = requests.clock.wall_ms() - requests.clock.monotonic() * 1000 - self.writes.skew_ms
+        ahead = sum(peer.clock_ms < limit_ms for peer in targets)
+        self.deferred = local and ahead * 2 > len(targets)
         headers = None
         if local:
             try:
@@ -216,7 +226,7 @@ class WriteGroup(WriteQuorum):
                     peer.send(frame)
                 except (TransportError, Overloaded) as error:
                     self._failed(peer.node_id, error, maybe_stored=False)
-        if local:
+        if local and not self.deferred:
             requests.replica.write(FRESH, self.keys, self.records, operation.delete, partial(self.result, me), headers)
 
     def _stamp(self, headers: list[bytes | None] | None) -> list[bytes]:
@@ -258,6 +268,10 @@ class WriteGroup(WriteQuorum):
             return
         del self.waiting[replica]
         self.add_ack(superseded)
+        if self.deferred:
+            self.deferred = False
+            requests, me = self.requests, self.requests.me
+            requests.replica.write(FRESH, self.keys, self.records, self.operation.delete, partial(self.result, me))
         if live:
             existed = self.operation.existed
             if existed is None:
@@ -280,6 +294,9 @@ class WriteGroup(WriteQuorum):
         del self.waiting[replica]
         self.requests.metrics.replica_errors += 1
         self.add_failure(error, maybe_stored=maybe_stored)
+        if self.deferred and list(self.waiting) == [self.requests.me]:
+            self.waiting.clear()  # nobody took it, so this node does not either
+            self.add_failure(error, maybe_stored=False)
         self._step()
 
     def _step(self) -> None:

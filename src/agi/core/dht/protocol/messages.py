@@ -60,6 +60,8 @@ class Hello(Message):
     members_seen: list[tuple[str, str]] = []
     """(node id, disk id) of every node reachable through the lists, as far as this one knows; complete if `settled`."""
     settled: bool = False
+    now_ms: int = 0
+    """The sender's clock: its wall clock, or its newest version where that is ahead."""
 
 
 class Refused(Message):
@@ -211,6 +213,8 @@ class ReplicaWriteReply(Message):
     superseded: list[tuple[int, int]] | None = None
     live: list[int] | None = None
     error: WireError | None = None
+    now_ms: int = 0
+    """As in Hello: a coordinator whose clock runs ahead of its replicas notices before it stores anything."""
 
 
 class ReplicaScan(Message):

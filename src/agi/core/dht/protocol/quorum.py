@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from agi.core.dht.errors import DHTError, OutcomeUnknown, Unavailable
+from agi.core.dht.errors import ClockSkew, DHTError, OutcomeUnknown, Unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,9 @@ class WriteQuorum:
         if self.reason is not None:
             what = f"{what}: {self.reason.message}"
         silent = self.replicas - self.acks - self.failures
-        kind = OutcomeUnknown if self.acks or self.maybe or silent else Unavailable
+        kind: type[DHTError] = OutcomeUnknown
+        if not (self.acks or self.maybe or silent):
+            kind = ClockSkew if isinstance(self.reason, ClockSkew) else Unavailable
         return kind(what, needed=self.needed, answered=self.acks)
 
 

@@ -15,7 +15,15 @@ from typing import cast
 
 import structlog
 
-from agi.core.dht.errors import ConnectFailed, DHTError, LinkClosed, Overloaded, TransportError
+from agi.core.dht.errors import (
+    ConnectFailed,
+    DHTError,
+    FrameTooLarge,
+    LinkClosed,
+    Overloaded,
+    ProtocolMismatch,
+    TransportError,
+)
 from agi.core.dht.protocol.messages import Ping, Pong
 from agi.core.dht.transport.base import (
     CONNECT_TIMEOUT_S,
@@ -194,10 +202,11 @@ class _NativeLink(Link, asyncio.Protocol):
                 if self.closed:
                     break
                 if message.__class__ is Ping:
-                    self.send_frame(_PONG)
+                    with contextlib.suppress(TransportError, Overloaded):  # who reads nothing needs no pong
+                        self.send_frame(_PONG)
                 elif message.__class__ is not Pong:
                     self._handler.message(self, message)
-        except DHTError as error:
+        except (ProtocolMismatch, FrameTooLarge) as error:
             self.close(error)
         except Exception as error:  # noqa: BLE001  # whatever a handler raises ends its link, not the process
             _log.exception("link_handler_failed", peer=self.peer)
