@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: test check format proto lock system-packages clean help
+.PHONY: test sim sim-mutants check format proto lock system-packages clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -18,6 +18,13 @@ $(STAMP): requirements.lock pyproject.toml
 
 test: $(STAMP) system-packages  ## the whole default test suite
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+sim: $(STAMP)  ## the cluster simulation: SEEDS=n, or one seed: SEED=k [FORMATION=1] [TRACE=file]
+	@$(BIN)/python -m agi.core.dht.testing.run $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),1000)) \
+	  $(if $(FORMATION),--formation) $(if $(TRACE),--trace $(TRACE))
+
+sim-mutants: $(STAMP)  ## planted bugs, each of which the simulation must catch: SEEDS=n to try on each
+	@$(BIN)/python -m tests.core.dht.simulation.mutants --seeds $(or $(SEEDS),200)
 
 check: $(STAMP)  ## formatting, lint, types, import layers, generated code
 	@$(BIN)/ruff format --check src tests

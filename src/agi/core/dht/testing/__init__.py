@@ -6,18 +6,36 @@ network.py     the network between hosts, on transport/memory.py
 faults.py      plans of faults and the driver that performs them
 trace.py       the digest that shows two runs to be the same
 simulation.py  `run_simulation`, the entry
+
+and on top of these, the simulation of this package's own clusters:
+
+scenario.py    what a seed runs; workload.py its clients
+cluster.py     nodes on hosts, watched from outside
+checks.py      judges a history of client calls
+trial.py       `run_seed`: one seed of a cluster; formation.py: `run_formation`, one seed of its bootstrap
+report.py      what a seed ended with
+run.py         many seeds, from the command line (docs/simulation.md)
 """
 
+from agi.core.dht.testing.checks import Action, Call, Finding, History, Outcome, check_history
 from agi.core.dht.testing.clock import SimClock
+from agi.core.dht.testing.cluster import SimCluster
 from agi.core.dht.testing.disk import DiskFaults, SimDisk, SimStore
 from agi.core.dht.testing.faults import Fault, FaultDriver, FaultKind, FaultMix, FaultPlan
+from agi.core.dht.testing.formation import run_formation
 from agi.core.dht.testing.host import Host
 from agi.core.dht.testing.loop import Deadlock, LimitReached, SimLoop, SimulationError
 from agi.core.dht.testing.network import LinkFaults, SimNetwork, SimTransport
+from agi.core.dht.testing.report import Report, quiet_logs
+from agi.core.dht.testing.scenario import Profile, Scenario
 from agi.core.dht.testing.simulation import Run, Simulation, run_simulation
 from agi.core.dht.testing.trace import Trace
+from agi.core.dht.testing.trial import run_seed
+from agi.core.dht.testing.workload import Operation, Workload
 
 __all__ = [
+    "Action",
+    "Call",
     "Deadlock",
     "DiskFaults",
     "Fault",
@@ -25,11 +43,19 @@ __all__ = [
     "FaultKind",
     "FaultMix",
     "FaultPlan",
+    "Finding",
+    "History",
     "Host",
     "LimitReached",
     "LinkFaults",
+    "Operation",
+    "Outcome",
+    "Profile",
+    "Report",
     "Run",
+    "Scenario",
     "SimClock",
+    "SimCluster",
     "SimDisk",
     "SimLoop",
     "SimNetwork",
@@ -38,5 +64,10 @@ __all__ = [
     "Simulation",
     "SimulationError",
     "Trace",
+    "Workload",
+    "check_history",
+    "quiet_logs",
+    "run_formation",
+    "run_seed",
     "run_simulation",
 ]

@@ -148,6 +148,14 @@ class SimDisk:
         """Entries that were written and are not synced."""
         return len(self._tail)
 
+    def durable(self, key: bytes) -> bytes | None:
+        """The record that would be there after a power cut at this moment, at least."""
+        return self._synced.records.get(key)
+
+    def durable_meta(self, name: str) -> bytes | None:
+        """`durable` of a named value of the node."""
+        return self._synced.meta.get(name)
+
     # --- for its store
 
     def open(self, holder: SimStore) -> _Image:

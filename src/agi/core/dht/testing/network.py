@@ -12,16 +12,17 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
-from agi.core.dht.errors import DHTError, Overloaded, TransportError
+from agi.core.dht.errors import DHTError, LinkClosed, Overloaded, TransportError
 from agi.core.dht.protocol.messages import Message, Ping, Pong
 from agi.core.dht.testing.host import Host
 from agi.core.dht.testing.loop import SimLoop
 from agi.core.dht.testing.process import Process, context_of, current_process
 from agi.core.dht.transport.base import CONNECT_TIMEOUT_S, Link, LinkHandler, Listener
-from agi.core.dht.transport.memory import MemoryNetwork, MemoryTransport
+from agi.core.dht.transport.memory import MemoryNetwork, MemoryTransport, _MemoryLink
 
 NOTICE_S = 0.001
 """How soon peers hear that a process died whose machine lives on."""
@@ -35,7 +36,7 @@ class LinkFaults:
         delay_min_s, delay_mean_s: a delay is the minimum plus an exponential of this mean ...
         delay_max_s: ... and at most this.
         loss_chance: a message never arrives.
-        duplicate_chance: a message arrives twice.
+        duplicate_chance: a message arrives twice, the second time up to `reorder_s` later.
         reorder_chance, reorder_s: a message is held back for up to so long, so that later ones overtake it.
     """
 
@@ -121,6 +122,14 @@ class SimNetwork(MemoryNetwork):
     def at(self, when: float, action: Callable[[], None]) -> None:
         self._loop.at(when, action)
 
+    def unheard(self, link: Link) -> None:
+        """A machine that is up and knows no such connection answers with a reset, as TCP does."""
+        assert isinstance(link, _MemoryLink)
+        src, dst = link._transport.host, link.other._transport.host
+        host = self._hosts.get(dst)
+        if host is not None and host.alive and (dst, src) not in self._blocked:
+            self.at(self.now() + self._delay(), partial(link.ended, LinkClosed(f"{link.peer} reset the link")))
+
     def _record(self, line: str) -> None:
         kind, _, rest = line.partition(" ")
         self._loop.trace.record(f"net-{kind}", rest)
@@ -149,7 +158,7 @@ class SimNetwork(MemoryNetwork):
             arrival = max(arrival, self._last_arrival.get(pair, 0.0))
             self._last_arrival[pair] = arrival
         if faults.duplicate_chance and draw() < faults.duplicate_chance:
-            return (arrival - now, arrival - now + self._delay())
+            return (arrival - now, arrival - now + self._delay() + draw() * faults.reorder_s)
         return (arrival - now,)
 
     def _delay(self) -> float:

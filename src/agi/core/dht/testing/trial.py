@@ -1,0 +1,171 @@
+"""One seed of the cluster simulation, from the first boot to the verdict.
+
+1. The nodes boot in a drawn order; clients work; faults happen, from the start or once the cluster has formed.
+2. Everything is healed. Clients finish. All nodes must be connected again within a bounded time.
+3. At rest, every key is read at QUORUM and all are scanned; then the history and the disks are judged (checks.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+from agi.core.dht.client import DHTClient
+from agi.core.dht.protocol.record import FLAGS, HEADER, TOMBSTONE
+from agi.core.dht.testing.checks import Call, Finding, History, Outcome, check_history, check_scan
+from agi.core.dht.testing.cluster import CONVERGE_S, SimCluster
+from agi.core.dht.testing.faults import FaultDriver
+from agi.core.dht.testing.report import Report, count_faults, guarded
+from agi.core.dht.testing.scenario import Profile, Scenario, address_of
+from agi.core.dht.testing.simulation import Simulation
+from agi.core.dht.testing.workload import CONNECT_TIMEOUT_S, Client, Recorder, fresh_values, unfinished
+from agi.core.dht.types import Consistency
+
+LIMIT_S = 300.0
+FORM_S = 20.0
+READ_TIMEOUT_S = 2.0
+READ_ATTEMPTS_MAX = 3
+
+
+def run_seed(seed: int, *, profile: Profile | None = None, trace_path: Path | None = None) -> Report:
+    """Runs one seed. An error in the program under test becomes a finding too.
+
+    Args:
+        profile: instead of the one that the seed draws.
+        trace_path: write the whole trace as text to this file.
+    """
+    scenario = Scenario.draw(seed, profile)
+    report = Report(seed, str(scenario), str(scenario.plan), str(seed))
+    return guarded(report, lambda sim: _Trial(sim, scenario, report).run(), LIMIT_S, trace_path)
+
+
+class _Trial:
+    def __init__(self, sim: Simulation, scenario: Scenario, report: Report) -> None:
+        self.sim = sim
+        self.scenario = scenario
+        self.report = report
+        self.history = History()
+        self.recorder = Recorder(sim, self.history)
+        self.values = fresh_values()
+        self.cluster = SimCluster(sim, scenario)
+        self.driver = FaultDriver(sim, self.cluster.network, self.cluster.disks, self.cluster.boot, scenario.plan)
+        self.clients = [self._client(f"c{number}") for number in range(1, scenario.workload.clients + 1)]
+        self.judge = self._client("judge")
+
+    def _client(self, name: str) -> Client:
+        host = self.cluster.client_host(name)
+        rng = self.sim.stream(f"client/{name}")
+        return Client(
+            host,
+            lambda: self.cluster.client(host, rng),
+            [address_of(node) for node in self.scenario.nodes],
+            self.scenario.workload,
+            self.recorder,
+            self.sim.stream(f"workload/{name}"),
+            self.values,
+        )
+
+    async def run(self) -> None:
+        findings = self.report.findings
+        await self._faulty()
+        stuck = await self.cluster.wait_converged(CONVERGE_S)
+        if stuck is not None:
+            findings.append(stuck)
+        else:
+            await asyncio.sleep(self.scenario.workload.timeout_s + 1.0)  # what coordinators still had in hand
+            self.judge.host.boot(self._judge)
+            await self.judge.host.wait_end()
+        findings += check_history(self.history)
+        findings += [Finding("deadline", f"{call} never returned") for call in unfinished(self.history.calls)]
+        findings += self.cluster.check_topologies()
+        findings += self.cluster.findings
+        self._count()
+
+    async def _faulty(self) -> None:
+        """The first phase, until all is healed and the clients have gone."""
+        scenario, cluster = self.scenario, self.cluster
+        loop = self.sim.loop
+        for name, at_s in scenario.start_s.items():
+            loop.call_later(at_s, partial(cluster.boot, name))
+        for client in self.clients:
+            client.host.boot(client.main)
+        if not scenario.faults_from_start:
+            await asyncio.sleep(max(scenario.start_s.values()))
+            stuck = await cluster.wait_converged(FORM_S)
+            if stuck is not None:
+                self.report.findings.append(stuck)
+        await self.driver.run()
+        for client in self.clients:
+            client.stop = True
+        workload = scenario.workload
+        patience_s = CONNECT_TIMEOUT_S + workload.timeout_s * (2 + workload.keys) + 1.0
+        try:
+            async with asyncio.timeout(patience_s):
+                for client in self.clients:
+                    await client.host.wait_end()
+        except TimeoutError:
+            self.report.findings.append(Finding("deadline", f"clients still ran {patience_s:.1f} s after the healing"))
+
+    # --- at rest
+
+    async def _judge(self) -> None:
+        """Reads at QUORUM show what was kept. Then reads at ALL, after which no replica has anything left to reveal: a
+        write of unknown outcome may have waited at a single one until now."""
+        client = await self.judge.connected()
+        assert client is not None  # nobody tells the judge to stop
+        for key in self.scenario.workload.names:
+            call = await self._read(client, key, Consistency.QUORUM)
+            if call is not None:
+                self._agreed(call)
+        last = [await self._read(client, key, Consistency.ALL) for key in self.scenario.workload.names]
+        found = await self.judge.scan(client, Consistency.QUORUM, READ_TIMEOUT_S)
+        if found is None:
+            self.report.findings.append(Finding("healed", "a scan failed"))
+        else:
+            live = {call.key: call.value for call in last if call is not None and call.value is not None}
+            self.report.findings += check_scan(found, live)
+        await client.close()
+
+    async def _read(self, client: DHTClient, key: str, level: Consistency) -> Call | None:
+        for _ in range(READ_ATTEMPTS_MAX):
+            call = await self.judge.get_entry(client, key, level, READ_TIMEOUT_S)
+            if call.outcome is Outcome.OK:
+                return call
+        self.report.findings.append(Finding("healed", f"{key} cannot be read at {level.name}"))
+        return None
+
+    def _agreed(self, call: Call) -> None:
+        """After a quorum read at rest a quorum of the key's replicas durably holds what it returned."""
+        node = next(iter(self.cluster.running.values()))
+        assert node.topology is not None and node.ring is not None
+        key = call.key.encode()
+        replicas = node.ring.replicas(key)
+        held = [self.cluster.disks[name].durable(key) for name in replicas]
+        agreeing = Counter(record for record in held if _shows(record, call))
+        needed = Consistency.QUORUM.needed(node.topology.replica_count)
+        if max(agreeing.values(), default=0) < needed:
+            shown = ", ".join(
+                f"{name} {'nothing' if record is None else record[:HEADER].hex()}"
+                for name, record in zip(replicas, held, strict=True)
+            )
+            self.report.findings.append(Finding("agreement", f"{call} is not held by {needed} replicas: {shown}"))
+
+    def _count(self) -> None:
+        report, metrics = self.report, self.cluster.metrics
+        calls = Counter(call.outcome for call in self.history.calls)
+        report.counts["acknowledged"] = self.history.acknowledged()
+        report.counts["calls"] = len(self.history.calls)
+        report.counts["unknown"] = calls[Outcome.UNKNOWN]
+        report.counts["failed"] = calls[Outcome.FAILED]
+        count_faults(report, self.cluster, self.driver)
+        report.counts["read repairs"] = sum(each.read_repairs for each in metrics)
+        report.counts["restamps"] = sum(each.restamps for each in metrics)
+        report.counts["hedges"] = sum(each.hedges for each in metrics)
+
+
+def _shows(record: bytes | None, call: Call) -> bool:
+    if call.value is None:
+        return record is None or bool(record[FLAGS] & TOMBSTONE)
+    return record is not None and not record[FLAGS] and record[HEADER:] == call.value

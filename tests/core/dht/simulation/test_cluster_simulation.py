@@ -1,0 +1,283 @@
+"""Whole clusters under faults: many seeds, exact replay, planted bugs, and the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mutants import MUTANTS, Mutant, hunt
+
+from agi.core.dht.errors import LinkClosed
+from agi.core.dht.protocol.messages import Hello, Query, ReplicaWrite
+from agi.core.dht.protocol.record import pack
+from agi.core.dht.testing import (
+    Profile,
+    Scenario,
+    SimCluster,
+    SimNetwork,
+    SimTransport,
+    Simulation,
+    quiet_logs,
+    run_formation,
+    run_seed,
+    run_simulation,
+)
+from agi.core.dht.testing import run as command
+from agi.core.dht.testing.report import MUST_HAPPEN
+from agi.core.dht.transport.base import Link
+from agi.core.dht.types import PROTOCOL_VERSION
+
+SEEDS = 200
+CHUNK = 25
+REPLAYED = (1, 2, 8, 13)
+AIMED_SEEDS_MAX, FORMATION_SEEDS_MAX = 60, 200
+"""A planted bug is caught within so many seeds of its profile; those of the formation are cheap."""
+
+
+@pytest.mark.parametrize("first", range(1, SEEDS + 1, CHUNK))
+def test_no_seed_violates_a_guarantee(first: int) -> None:
+    counts: Counter[str] = Counter()
+    for seed in range(first, first + CHUNK):
+        for report in (run_seed(seed), run_formation(seed)):
+            assert not report.findings, f"make sim SEED={report.replay}\n{report}\n{report.plan}"
+            counts.update(report.counts)
+    assert [name for name in MUST_HAPPEN if not counts[name]] == []
+    assert counts["acknowledged"] > 50 * CHUNK, "the clusters hardly did anything"
+    assert counts["read repairs"] and counts["restamps"] and counts["wiped"] and counts["formed"] > 2 * CHUNK
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_planted_bug_is_caught(mutant: Mutant) -> None:
+    seeds = FORMATION_SEEDS_MAX if mutant.profile is None else AIMED_SEEDS_MAX
+    report = hunt(mutant, range(1, seeds + 1), aimed=True)
+    assert report is not None, f"{mutant.rule}: its violation went unnoticed in {seeds} seeds"
+    assert report.findings[0].check != "program", "it made the program fail, which is not what the checks are for"
+    healthy = run_formation(report.seed) if mutant.profile is None else run_seed(report.seed, profile=mutant.profile)
+    assert not healthy.findings, "the finding is not of the planted bug"
+
+
+# --- replay
+
+_REPLAY = """
+import sys
+from agi.core.dht.testing import run_formation, run_seed
+for seed in map(int, sys.argv[1:]):
+    print(run_seed(seed).hash, run_formation(seed).hash)
+"""
+
+
+def test_a_seed_replays_exactly_in_any_interpreter_and_seeds_differ() -> None:
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", _REPLAY, *map(str, REPLAYED)],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout.split()
+        for hash_seed in ("0", "1", "4242")
+    ]
+    assert printed[0] == printed[1] == printed[2]
+    assert len(set(printed[0])) == 2 * len(REPLAYED)
+    assert printed[0][-2:] == [run_seed(REPLAYED[-1]).hash, run_formation(REPLAYED[-1]).hash]
+
+
+def test_the_trace_holds_deliveries_timers_disk_operations_calls_and_faults(tmp_path: Path) -> None:
+    seed = next(seed for seed in range(1, 100) if Scenario.draw(seed).profile is Profile.CHAOS)
+    paths = [tmp_path / "one", tmp_path / "two"]
+    reports = [run_seed(seed, trace_path=path) for path in paths]
+    assert reports[0].hash == reports[1].hash != ""
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    kinds = Counter(line.split(" ", 2)[1] for line in paths[0].read_text().splitlines())
+    wanted = {
+        "net-deliver",
+        "net-connect",
+        "jump",
+        "disk-write",
+        "disk-sync",
+        "call",
+        "return",
+        "boot",
+        "fault",
+        "heal",
+    }
+    assert wanted <= kinds.keys()
+    assert kinds["call"] == kinds["return"] == reports[0].counts["calls"]
+
+
+def test_a_scenario_is_of_its_seed_alone() -> None:
+    drawn = [Scenario.draw(seed) for seed in range(1, 101)]
+    assert drawn == [Scenario.draw(seed) for seed in range(1, 101)]
+    assert {len(scenario.nodes) for scenario in drawn} == {3, 4, 5, 6, 7}
+    assert {scenario.factor for scenario in drawn} == {3, 5}
+    assert any(scenario.factor > len(scenario.nodes) for scenario in drawn)
+    assert {scenario.profile for scenario in drawn} == set(Profile)
+    assert {scenario.workload.keys for scenario in drawn} == {1, 2, 4, 8}
+    assert {scenario.faults_from_start for scenario in drawn} == {True, False}
+
+
+# --- what watches from outside
+
+
+def _in_cluster(body: Callable[[SimCluster], Coroutine[Any, Any, None]]) -> None:
+    async def main(sim: Simulation) -> None:
+        await body(SimCluster(sim, Scenario.draw(1)))
+
+    with quiet_logs():
+        run_simulation(main, seed=1)
+
+
+def _hello(**told: object) -> Hello:
+    return Hello(PROTOCOL_VERSION, "node", "n1", **told)  # type: ignore[arg-type]
+
+
+def test_a_hello_that_tells_of_what_is_not_durable_is_found() -> None:
+    async def body(cluster: SimCluster) -> None:
+        disk = cluster.disks["n1"]
+        store = disk.store()
+        await store.open()
+        watch = cluster.network.policy
+        watch("n1", "n2", _hello())
+        assert cluster.findings == []
+        watch("n1", "n2", _hello(vote=b"v"))
+        assert [finding.check for finding in cluster.findings] == ["durable"]
+        await store.put_meta("vote", b"v")
+        assert disk.durable_meta("vote") == b"v"
+        watch("n1", "n2", _hello(vote=b"v"))
+        assert len(cluster.findings) == 1
+        watch("n1", "n2", _hello(vote=b"v", topology=b"t"))
+        assert "topology" in cluster.findings[-1].text
+
+    _in_cluster(body)
+
+
+def test_one_version_of_one_writer_with_two_values_is_found() -> None:
+    def write(value: bytes, hlc: int, writer: int) -> ReplicaWrite:
+        return ReplicaWrite(1, 1, "", 0, [b"k"], [pack(b"k", value, hlc, writer)], False)
+
+    async def body(cluster: SimCluster) -> None:
+        watch = cluster.network.policy
+        for message in (write(b"a", 7, 1), write(b"a", 7, 1), write(b"b", 7, 2), write(b"c", 8, 1)):
+            watch("n1", "n2", message)
+        assert cluster.findings == []
+        watch("n1", "n2", write(b"d", 8, 1))
+        assert [finding.check for finding in cluster.findings] == ["one value"]
+
+    _in_cluster(body)
+
+
+def test_a_cluster_that_cannot_connect_is_described() -> None:
+    async def body(cluster: SimCluster) -> None:
+        names = list(cluster.scenario.nodes)
+        cluster.network.partition(names[:1])
+        finding = await cluster.wait_converged(5.0)
+        assert finding is not None and finding.check == "convergence"
+        assert "n1 waiting for" in finding.text and "n2 waiting for" in finding.text
+        cluster.network.heal()
+        assert await cluster.wait_converged(20.0) is None
+        assert cluster.converged and cluster.check_topologies() == []
+        assert {name for name, _ in cluster.topologies()} == set(names)
+        cluster.sim.hosts["n2"].kill()
+        assert not cluster.converged
+
+    _in_cluster(body)
+
+
+def test_a_machine_that_came_back_resets_links_that_it_no_longer_knows() -> None:
+    class Ends:
+        def __init__(self) -> None:
+            self.closed: list[tuple[float, object]] = []
+
+        def message(self, link: Link, message: object) -> None:
+            pass
+
+        def link_closed(self, link: Link, error: object) -> None:
+            self.closed.append((round(asyncio.get_running_loop().time(), 1), error))
+
+    async def main(sim: Simulation) -> list[tuple[float, object]]:
+        network = SimNetwork(sim.loop, sim.stream("network"))
+        host = sim.host("b")
+        network.attach(host)
+        network.attach(sim.host("a"))
+
+        async def serve() -> None:
+            await SimTransport(network, "b").listen("b:1", Ends())
+            await asyncio.get_running_loop().create_future()
+
+        host.boot(serve)
+        await asyncio.sleep(0)
+        ends = Ends()
+        patient = {"ping_interval_s": 1000.0, "idle_timeout_s": 2000.0}
+        link = await SimTransport(network, "a", **patient).connect("b:1", ends)
+        host.kill(power_loss=True)
+        link.send(Query(1, "x", 1))
+        await asyncio.sleep(1)
+        assert ends.closed == []  # nobody is there to answer
+        host.boot(serve)
+        await asyncio.sleep(1)
+        network.block([("b", "a")])
+        link.send(Query(2, "x", 1))
+        await asyncio.sleep(1)
+        assert ends.closed == []  # the reset cannot pass
+        network.heal()
+        link.send(Query(3, "x", 1))
+        await asyncio.sleep(1)
+        return ends.closed
+
+    closed = run_simulation(main, seed=1).value
+    assert [(at, type(error)) for at, error in closed] == [(3.0, LinkClosed)]
+
+
+# --- the command line
+
+
+def test_one_seed_is_shown_with_its_plan_and_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "trace.txt"
+    assert command.main(["--seed", "8", "--trace", str(trace)]) == 0
+    shown = capsys.readouterr().out
+    assert "seed 8: " in shown and "acknowledged" in shown and "healed at" in shown
+    assert run_seed(8).hash in shown
+    assert trace.stat().st_size > 10_000
+    assert command.main(["--seed", "8", "--formation"]) == 0
+    assert "seed 8: formation of" in capsys.readouterr().out
+
+
+def test_many_seeds_end_with_their_sums_and_failing_ones_with_how_to_replay_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert command.main(["--seeds", "6", "--first", "1", "--jobs", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "6 seeds in" in shown and "in all: " in shown
+    assert sum(line.startswith("seed ") for line in shown.splitlines()) == 12
+    mutant = next(mutant for mutant in MUTANTS if mutant.name == "w-is-one")
+    with mutant.plant():
+        caught = next(seed for seed in range(1, 20) if run_seed(seed).findings)
+        assert command.main(["--seeds", "1", "--first", str(caught), "--jobs", "1"]) == 1
+    assert f"replay it with `make sim SEED={caught}`" in capsys.readouterr().out
+
+
+def test_a_run_in_which_nothing_went_wrong_has_tested_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    calm = next(seed for seed in range(1, 100) if Scenario.draw(seed).profile is Profile.CALM)
+    assert command.main(["--seeds", "1", "--first", str(calm), "--jobs", "1"]) == 1
+    assert "never happened: crashes that lost data" in capsys.readouterr().out
+
+
+def test_seeds_run_in_many_processes_as_in_one() -> None:
+    assert [report.hash for report in command.run_seeds(range(1, 4), 2)] == [
+        report.hash for report in command.run_seeds(range(1, 4), 1)
+    ]
+
+
+def test_the_example_of_the_documentation_runs() -> None:
+    text = (Path(__file__).parents[4] / "docs" / "simulation.md").read_text()
+    example = text.partition("```python\n")[2].partition("```")[0]
+    assert "run_simulation(main, seed=7)" in example
+    exec(compile(example, "docs/simulation.md", "exec"), {})
