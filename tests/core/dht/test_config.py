@@ -75,6 +75,7 @@ TABLE: list[tuple[str, object, tuple[str, object], tuple[str, object], tuple[obj
     ("dht.network.timeout_ms", 2000, ("10", 10), ("100", 100), (600000, 600000)),
     ("dht.network.retry_count", 3, ("0", 0), ("1", 1), (10, 10)),
     ("dht.network.connection_pool_size", 2, ("1", 1), ("3", 3), (64, 64)),
+    ("dht.network.reuse_port", False, ("true", True), ("FALSE", False), (True, True)),
     ("dht.network.drain_timeout_ms", 10000, ("0", 0), ("1", 1), (600000, 600000)),
     ("dht.versions.max_clock_skew_ms", 5000, ("1", 1), ("250", 250), (3600000, 3600000)),
     ("dht.requests.hedge_percentile", 0.95, ("0.5", 0.5), ("0.9", 0.9), (0.99, 0.99)),
@@ -264,7 +265,7 @@ def test_errors_name_the_variable_and_the_nearest_one() -> None:
 
 def test_errors_name_the_command_line() -> None:
     assert refused(network__prot=1) == "command line: unknown key dht.network.prot; did you mean dht.network.port?"
-    assert refused(network__port=True).endswith("not 'True'")
+    assert refused(network__port=True).endswith("not 'true'")
 
 
 @pytest.mark.parametrize(

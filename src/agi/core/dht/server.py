@@ -30,6 +30,7 @@ from agi.core.dht.proto.dht_pb2 import Frame
 from agi.core.dht.ring import token_bytes
 from agi.core.dht.storage.base import StorageBackend, WalSync
 from agi.core.dht.storage.memory import MemoryStore
+from agi.core.dht.storage.redis import RedisStore
 from agi.core.dht.storage.rocksdb import RocksStore
 from agi.core.dht.transport.grpc import GrpcTransport, serve_exchange
 from agi.core.dht.transport.native import NativeTransport
@@ -67,23 +68,23 @@ def _exchange(node: Node) -> grpc.GenericRpcHandler:
     return grpc.method_handlers_generic_handler("agi.core.dht.v1.DHT", {"Exchange": method})
 
 
-def _store(config: Config, path: Path) -> StorageBackend:
+def _store(config: Config, path: Path, node_id: str) -> StorageBackend:
     token_of = token_bytes(config.ring.hash_algorithm)
     if config.storage.backend == "memory":
         return MemoryStore(token_of)
-    if config.storage.backend == "rocksdb":
-        return RocksStore(
-            path,
-            token_of,
-            wal_sync=WalSync(config.storage.wal_sync),
-            wal_sync_interval_ms=config.storage.wal_sync_interval_ms,
-            cache_size_mb=config.storage.cache_size_mb,
-        )
-    raise ConfigError(f"dht.storage.backend: {config.storage.backend} cannot be served yet")
+    if config.storage.backend == "redis":
+        return RedisStore(config.storage.redis_url, f"{config.cluster.name}:{node_id}", token_of)
+    return RocksStore(
+        path,
+        token_of,
+        wal_sync=WalSync(config.storage.wal_sync),
+        wal_sync_interval_ms=config.storage.wal_sync_interval_ms,
+        cache_size_mb=config.storage.cache_size_mb,
+    )
 
 
 async def _run(config: Config) -> int:
-    limits = [("grpc.so_reuseport", 0)]
+    limits = [("grpc.so_reuseport", int(config.network.reuse_port))]
     limits += [(f"grpc.max_{way}_message_length", FRAME_BYTES_MAX + 65536) for way in ("send", "receive")]
     server = aio.server(options=limits)
     wanted = format_address(config.network.host or "0.0.0.0", config.network.port)
@@ -109,9 +110,9 @@ async def _run(config: Config) -> int:
         config,
         node_id=config.node_id(port),
         address=config.advertised_address(port),
-        store=_store(config, config.storage_path(port)),
+        store=_store(config, config.storage_path(port), config.node_id(port)),
         seed=GrpcTransport(),
-        data=NativeTransport(),
+        data=NativeTransport(reuse_port=config.network.reuse_port),
         data_listen=listen,
         clock=SystemClock(),
         rng=random.Random(secrets.randbits(64)),
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--port", help="gRPC port; 0 for any")
     parser.add_argument("--peers", help="gRPC addresses of the other nodes, separated by commas")
     parser.add_argument("--node-id")
-    parser.add_argument("--storage", help="rocksdb or memory")
+    parser.add_argument("--storage", help="rocksdb, memory or redis")
     parser.add_argument("--path", help="data folder")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting")
     given = parser.parse_args(argv)

@@ -244,6 +244,8 @@ def as_text(value: object) -> str:
         return value.name
     if isinstance(value, list | tuple):
         return ",".join(as_text(item) for item in value)
+    if isinstance(value, bool):
+        return str(value).lower()
     return "auto" if value is None else str(value)
 
 

@@ -107,6 +107,12 @@ def _port_or_auto(given: str) -> int | None:
     return int(given)
 
 
+def _boolean(given: str) -> bool:
+    if given.lower() not in ("true", "false"):
+        raise ValueError("must be true or false")
+    return given.lower() == "true"
+
+
 def _consistency(given: str) -> Consistency:
     try:
         return Consistency.parse(given)
@@ -117,6 +123,7 @@ def _consistency(given: str) -> Consistency:
 ADDRESS = Kind("host:port, [ipv6]:port or empty", _address)
 ADDRESSES = Kind("list of host:port or [ipv6]:port; comma-separated outside YAML", _addresses)
 PORT_OR_AUTO: Kind[int | None] = Kind(f"`{AUTO}` or integer, 0 to {PORT_MAX}", _port_or_auto)
+BOOLEAN = Kind("`true` or `false`", _boolean)
 LEVEL = Kind("`ONE`, `QUORUM` or `ALL`", _consistency)
 LABEL = text("up to 64 letters, digits, '.', '_' and '-', or empty", r"[A-Za-z0-9._-]{0,64}")
 
@@ -322,6 +329,12 @@ class NetworkConfig:
         unit="connections",
         more="file descriptors, on both sides",
         less="at 1 a large value delays the small messages behind it",
+    )
+    reuse_port: bool = knob(
+        False,
+        BOOLEAN,
+        "Bind the ports although another process of this user holds them with SO_REUSEPORT, for a launcher that keeps "
+        "them reserved. Two nodes on one port then go unnoticed.",
     )
     drain_timeout_ms: int = knob(
         10_000,

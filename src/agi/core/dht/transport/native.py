@@ -52,6 +52,7 @@ class NativeTransport(Transport):
         ssl_server, ssl_client: TLS for accepted and for opened links; None for plain sockets.
         ping_interval_s: a link that has heard nothing for so long sends a ping.
         idle_timeout_s: a link that has heard nothing for so long is closed.
+        reuse_port: bind a TCP port, other than 0, although a process of this user holds it with SO_REUSEPORT.
     """
 
     def __init__(
@@ -61,11 +62,13 @@ class NativeTransport(Transport):
         *,
         ping_interval_s: float = PING_INTERVAL_S,
         idle_timeout_s: float = IDLE_TIMEOUT_S,
+        reuse_port: bool = False,
     ) -> None:
         self._ssl_server = ssl_server
         self._ssl_client = ssl_client
         self._ping_interval_s = ping_interval_s
         self._idle_timeout_s = idle_timeout_s
+        self._reuse_port = reuse_port
         self._links: set[_NativeLink] = set()
         self._dirty: list[_NativeLink] = []
         self._reading = False
@@ -85,7 +88,13 @@ class NativeTransport(Transport):
                 return await self._listen_unix(address, accept)
             else:
                 host, _, port = address.rpartition(":")
-                server = await loop.create_server(accept, host.strip("[]") or None, int(port), ssl=self._ssl_server)
+                server = await loop.create_server(
+                    accept,
+                    host.strip("[]") or None,
+                    int(port),
+                    ssl=self._ssl_server,
+                    reuse_port=self._reuse_port and int(port) != 0,
+                )
         except OSError as error:
             raise ConnectFailed(f"cannot listen on {address}: {error.strerror or error}") from error
         bound = server.sockets[0].getsockname()
