@@ -27,18 +27,22 @@ from agi.core.dht import (
     OutcomeUnknown,
     Unavailable,
 )
+from agi.core.dht.errors import Overloaded, from_wire
+from agi.core.dht.node import QUERIES_MAX
 from agi.core.dht.protocol.messages import (
     Delete,
     Get,
     Message,
     Put,
     PutReply,
+    Query,
     ReplicaRead,
     ReplicaReadReply,
     ReplicaWrite,
     ReplicaWriteReply,
 )
 from agi.core.dht.protocol.record import TOMBSTONE
+from agi.core.dht.requests import ReplyTo
 from agi.core.dht.types import BATCH_BYTES_MAX, KEY_BYTES_MAX, VALUE_BYTES_MAX
 
 
@@ -624,3 +628,41 @@ async def test_a_large_value_does_not_delay_small_ones() -> None:
         assert small
         for key, value in bulk.items():
             assert await client.get(key) == value
+
+
+async def test_the_clients_retries_are_the_clusters_unless_it_names_its_own() -> None:
+    """A replica that answers Overloaded is asked again as often as `network.retry_count` says."""
+    for own, tries in [(None, 2), (0, 1)]:
+        async with Cluster(1, factor=1, settings={"dht.network.retry_count": 1}) as cluster:
+            client = await cluster.client(**({} if own is None else {"retry_count": own}))
+            asked = []
+            coordinator = cluster.node(0).coordinator
+            assert coordinator is not None
+
+            def refuse(request: Put, reply: ReplyTo, client: str, asked: list[Put] = asked) -> None:
+                asked.append(request)
+                reply(PutReply(request.id, [], None, Overloaded("full").to_wire()))
+
+            coordinator.put = refuse  # type: ignore[method-assign]
+            with pytest.raises(Overloaded):
+                await client.put("k", b"v")
+            assert len(asked) == tries
+
+
+async def test_questions_under_way_at_a_node_are_bounded() -> None:
+    async with Cluster(1, factor=1) as cluster:
+        node, release = cluster.node(0), asyncio.Event()
+
+        async def slow(what: str, key: bytes) -> bytes:
+            await release.wait()
+            return b"\x80"
+
+        node.queries.answer = slow  # type: ignore[method-assign]
+        wire = await cluster.wire(0)
+        waiting = [asyncio.ensure_future(wire.ask(Query(0, "stats", 5000))) for _ in range(QUERIES_MAX)]
+        await asyncio.sleep(0)
+        reply = await wire.ask(Query(0, "stats", 5000))
+        assert isinstance(from_wire(*reply.error), Overloaded)
+        release.set()
+        assert all(answer.error is None for answer in await asyncio.gather(*waiting))
+        assert (await wire.ask(Query(0, "stats", 5000))).error is None

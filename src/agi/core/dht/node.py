@@ -65,6 +65,7 @@ from agi.core.dht.protocol.versioning import HLC, writer_id
 from agi.core.dht.queries import Queries
 from agi.core.dht.reads import TRUNCATED
 from agi.core.dht.replica import Replica
+from agi.core.dht.requests import TIMEOUT_MS_MAX
 from agi.core.dht.ring import Ring
 from agi.core.dht.scan import Scanner
 from agi.core.dht.storage.base import Page, StorageBackend
@@ -78,6 +79,8 @@ _log = structlog.get_logger("agi.core.dht.node")
 LINKS_MAX = 4096
 """Accepted links at one node; past it the longest waiting stranger is refused."""
 REPLICA_SCANS_MAX = 256
+QUERIES_MAX = 256
+"""Questions under way at one node; past it callers get Overloaded."""
 
 
 class Session:
@@ -165,6 +168,7 @@ class Node:
         self._listeners: list[Listener] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._scans = 0
+        self._queries = 0
         self.replica = Replica(
             store, self._hlc, clock, self.metrics, max_clock_skew_ms=config.versions.max_clock_skew_ms
         )
@@ -524,20 +528,31 @@ class Node:
         self.scanner.scan(request, partial(session.send, link), f"{session.name}:{request.id}")
 
     def _query(self, session: Session, link: Link, request: Query) -> None:
-        self._own(self._answer_query(session, link, request), f"query {request.what}")
+        if self._queries >= QUERIES_MAX:
+            error = Overloaded(f"{self._queries} questions are under way at {self.node_id} already")
+            link.send(QueryReply(request.id, b"", error.to_wire()))
+            return
+        self._queries += 1
+        self._own(self._answer_query(session, link, request), "query")
 
     async def _answer_query(self, session: Session, link: Link, request: Query) -> None:
         try:
-            async with asyncio.timeout(max(1, request.timeout_ms) / 1000):
-                reply = QueryReply(request.id, await self.queries.answer(request.what, request.key))
-        except DHTError as error:
-            reply = QueryReply(request.id, b"", error.to_wire())
-        except TimeoutError:
-            reply = QueryReply(request.id, b"", NotReady("no answer by the deadline").to_wire())
+            reply = QueryReply(request.id, *await self._answer(request))
+        finally:
+            self._queries -= 1
         try:
             session.send(link, reply)
         except (TransportError, Overloaded) as error:
             _log.info("reply_undeliverable", peer=session.name, error=str(error))
+
+    async def _answer(self, request: Query) -> tuple[bytes, WireError | None]:
+        try:
+            async with asyncio.timeout(min(max(1, request.timeout_ms), TIMEOUT_MS_MAX) / 1000):
+                return await self.queries.answer(request.what, request.key), None
+        except DHTError as error:
+            return b"", error.to_wire()
+        except TimeoutError:
+            return b"", NotReady("no answer by the deadline").to_wire()
 
     # --- requests of coordinators
 

@@ -57,10 +57,6 @@ class Peer:
         self._bulk += 1
         links[1 + self._bulk % (len(links) - 1)].send_frame(frame)
 
-    @property
-    def waiting_bytes(self) -> int:
-        return sum(getattr(link, "waiting_bytes", 0) for link in self.links)
-
 
 class Peers:
     """Keeps a link to every other member.

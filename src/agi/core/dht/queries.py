@@ -72,6 +72,7 @@ class Queries:
             "read_consistency": node.config.replication.read_consistency.name,
             "write_consistency": node.config.replication.write_consistency.name,
             "timeout_ms": node.config.network.timeout_ms,
+            "retry_count": node.config.network.retry_count,
             "members": members,
         }
 

@@ -50,7 +50,8 @@ class DHTClient:
         cluster: refuse a cluster of another name; None takes the one found.
         timeout: seconds for a call that states none; None takes the cluster's `network.timeout_ms`.
         read_consistency, write_consistency: levels for calls that state none; None takes the cluster's.
-        retry_count: tries beyond the first, for retryable errors within the timeout.
+        retry_count: tries beyond the first, for retryable errors within the timeout; None takes the cluster's
+            `network.retry_count`.
         retry_unknown: repeat plain writes whose outcome is unknown. They may then take effect twice: safe for writes
             that are the same each time.
         connection_pool_size: links to each node; the last carries values from 128 KiB on.
@@ -70,7 +71,7 @@ class DHTClient:
         timeout: float | None = None,
         read_consistency: Consistency | str | None = None,
         write_consistency: Consistency | str | None = None,
-        retry_count: int = 3,
+        retry_count: int | None = None,
         retry_unknown: bool = False,
         connection_pool_size: int = 2,
         unix: bool = True,
@@ -82,7 +83,7 @@ class DHTClient:
         self._timeout = None if timeout is None else _check_timeout(timeout)
         self._read = None if read_consistency is None else Consistency.parse(read_consistency)
         self._write = None if write_consistency is None else Consistency.parse(write_consistency)
-        if retry_count < 0 or connection_pool_size < 1:
+        if (retry_count is not None and retry_count < 0) or connection_pool_size < 1:
             raise InvalidRequest("retry_count is at least 0 and connection_pool_size at least 1")
         self._cluster = cluster or ""
         self._retry_count = retry_count

@@ -89,7 +89,7 @@ class Session:
 
     Args:
         unix: use a node's Unix socket where it is on this machine.
-        retry_count: tries beyond the first, for retryable errors.
+        retry_count: tries beyond the first, for retryable errors; None takes what the cluster says.
         on_settled: told when a batch has been answered.
         retry_unknown: repeat plain writes whose outcome is unknown at other nodes too.
     """
@@ -103,7 +103,7 @@ class Session:
         *,
         cluster: str,
         pool_size: int,
-        retry_count: int,
+        retry_count: int | None,
         retry_unknown: bool,
         unix: bool,
         on_settled: Callable[[], None],
@@ -114,7 +114,8 @@ class Session:
         self._rng = rng
         self._cluster = cluster
         self._pool_size = pool_size
-        self._retry_count = retry_count
+        self._retries_asked = retry_count
+        self._retry_count = retry_count or 0
         self._retry_unknown = retry_unknown
         self._unix = unix
         self._on_settled = on_settled
@@ -198,6 +199,8 @@ class Session:
         """Takes a member list; connects to who is new and lets go of who is gone."""
         self.topology = topology
         self._cluster = self._cluster or topology["cluster"]
+        if self._retries_asked is None:
+            self._retry_count = topology["retry_count"]
         self.read_consistency = Consistency.parse(topology["read_consistency"])
         self.write_consistency = Consistency.parse(topology["write_consistency"])
         members = {member["node_id"]: member for member in topology["members"]}

@@ -168,7 +168,7 @@ class SyncDHTClient:
         timeout: float | None = None,
         read_consistency: Consistency | str | None = None,
         write_consistency: Consistency | str | None = None,
-        retry_count: int = 3,
+        retry_count: int | None = None,
         retry_unknown: bool = False,
         connection_pool_size: int = 2,
         unix: bool = True,

@@ -28,8 +28,6 @@ import xxhash
 from agi.core.dht.errors import StorageCorrupt
 
 HEADER = 40
-ORDER = 24
-"""The first bytes of a record decide its place among the versions of its key, content aside."""
 FLAGS = 16
 TOMBSTONE = 0x01
 EXPIRES = 0x02
