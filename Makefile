@@ -6,8 +6,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 WORKERS ?= 2
+STORAGE ?= memory,rocksdb
 
-.PHONY: test sim sim-mutants check format proto lock system-packages clean help
+.PHONY: run test bench sim sim-mutants check format proto lock system-packages clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -15,6 +16,9 @@ help:  ## show this list
 $(STAMP): requirements.lock pyproject.toml
 	@scripts/make_venv "$(PYTHON)" "$(VENV)"
 	@touch $@
+
+run: $(STAMP)  ## the main job on three node processes: store real files, kill a node, read all back
+	@$(BIN)/agi-dht demo
 
 test: $(STAMP) system-packages  ## the whole default test suite
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -26,16 +30,20 @@ sim: $(STAMP)  ## the cluster simulation: SEEDS=n, or one seed: SEED=k [FORMATIO
 sim-mutants: $(STAMP)  ## planted bugs, each of which the simulation must catch: SEEDS=n to try on each
 	@$(BIN)/python -m tests.core.dht.simulation.mutants --seeds $(or $(SEEDS),200)
 
+bench: $(STAMP)  ## speed, memory and RocksDB; BARE=program to hold it against, ROUNDS, SECONDS, STORAGE, JSON=file
+	@$(BIN)/python bench/limit.py $(if $(BARE),--bare $(BARE)) --rounds $(or $(ROUNDS),7) \
+	  --seconds $(or $(SECONDS),3) --storage $(STORAGE) $(if $(JSON),--json $(JSON))
+
 check: $(STAMP)  ## formatting, lint, types, import layers, generated code
-	@$(BIN)/ruff format --check src tests
-	@$(BIN)/ruff check src tests
+	@$(BIN)/ruff format --check src tests bench
+	@$(BIN)/ruff check src tests bench
 	@$(BIN)/mypy --strict
 	@$(BIN)/lint-imports
 	@scripts/make_proto --check "$(BIN)"
 
 format: $(STAMP)
-	@$(BIN)/ruff format src tests
-	@$(BIN)/ruff check --fix src tests
+	@$(BIN)/ruff format src tests bench
+	@$(BIN)/ruff check --fix src tests bench
 
 proto: $(STAMP)  ## regenerate the gRPC code from dht.proto
 	@scripts/make_proto --write "$(BIN)"

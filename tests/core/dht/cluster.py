@@ -119,6 +119,7 @@ class Cluster:
         loopback: real sockets instead of links in memory (rules do not apply then).
         hasty: silent links are given up after 0.3 s.
         settings: of every node, by full name.
+        per_node: settings of single nodes by index, over those of every node.
         store: makes the store of the node with this index.
     """
 
@@ -131,6 +132,7 @@ class Cluster:
         loopback: bool = False,
         hasty: bool = False,
         settings: Mapping[str, object] | None = None,
+        per_node: Mapping[int, Mapping[str, object]] | None = None,
         store: Callable[[int], StorageBackend] | None = None,
     ) -> None:
         self.count = count
@@ -153,6 +155,7 @@ class Cluster:
             "dht.expiry.sweep_interval_ms": 3_600_000,
             **(settings or {}),
         }
+        self._per_node = per_node or {}
         make = store or (lambda _: KeptStore(token_bytes("xxh3")))
         self.stores = [make(i) for i in range(count)]
         self._doors = [Door() for _ in range(count)]
@@ -209,7 +212,8 @@ class Cluster:
     def config(self, i: int) -> Config:
         peers = ",".join(self.addresses)
         own = {"dht.node.id": self.names[i], "dht.node.advertise": self.addresses[i]}
-        return load_config(None, {}, {"dht.cluster.bootstrap_nodes": peers, **own, **self._settings})
+        settings = {**own, **self._settings, **self._per_node.get(i, {})}
+        return load_config(None, {}, {"dht.cluster.bootstrap_nodes": peers, **settings})
 
     async def _form(self) -> None:
         members = []

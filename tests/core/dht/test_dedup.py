@@ -37,6 +37,17 @@ def test_a_batch_above_the_bound_is_remembered_alone() -> None:
     assert table.get("a", 2) is None and table.get("a", 3) == "small"
 
 
+def test_a_dropped_batch_is_unknown_and_takes_no_room() -> None:
+    table: RequestTable[str] = RequestTable(5)
+    table.add("a", 1, "kept", 1)
+    table.add("a", 2, "dropped", 4)
+    table.drop("a", 2)
+    table.drop("a", 2)
+    table.drop("b", 1)
+    table.add("a", 3, "large", 4)
+    assert [table.get("a", number) for number in (1, 2, 3)] == ["kept", None, "large"]
+
+
 @given(st.lists(st.integers(1, 8), max_size=60), st.integers(1, 20))
 def test_it_holds_the_latest_batches_that_fit(sizes: list[int], keys_max: int) -> None:
     table: RequestTable[int] = RequestTable(keys_max)

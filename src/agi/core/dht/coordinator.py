@@ -66,13 +66,14 @@ class Coordinator:
         """Reads a batch; `reply` gets one GetReply by the deadline. `trace` is the correlation id."""
         self._reads.start(request, reply, trace)
 
-    def put(self, request: Put, reply: ReplyTo, client: str) -> None:
-        """Writes a batch; `reply` gets one PutReply by the deadline. (client, request.id) names the write."""
-        self._writes.start(request, reply, client)
+    def put(self, request: Put, reply: ReplyTo, client: str, trace: str = "") -> None:
+        """Writes a batch; `reply` gets one PutReply by the deadline. (client, request.id) names the write; they are
+        its correlation id too, unless there is a `trace`."""
+        self._writes.start(request, reply, client, trace)
 
-    def delete(self, request: Delete, reply: ReplyTo, client: str) -> None:
+    def delete(self, request: Delete, reply: ReplyTo, client: str, trace: str = "") -> None:
         """Deletes a batch; `reply` gets one DeleteReply by the deadline."""
-        self._writes.start(request, reply, client)
+        self._writes.start(request, reply, client, trace)
 
     def replica_read_reply(self, peer: Peer, reply: ReplicaReadReply) -> None:
         group = self._requests.pending.get(reply.id)

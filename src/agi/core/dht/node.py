@@ -32,8 +32,10 @@ from agi.core.dht.errors import (
     StaleEpoch,
     TransportError,
     UnknownDisk,
+    from_wire,
 )
 from agi.core.dht.identity import Identity, Ledger
+from agi.core.dht.observability.logs import Throttle
 from agi.core.dht.observability.metrics import Metrics
 from agi.core.dht.peers import Peer, Peers
 from agi.core.dht.protocol.bootstrap import Bootstrap
@@ -70,9 +72,16 @@ from agi.core.dht.ring import Ring
 from agi.core.dht.scan import Scanner
 from agi.core.dht.storage.base import Page, StorageBackend
 from agi.core.dht.topology import Member, Topology, unpack
-from agi.core.dht.transport.base import Link, Listener, Transport
+from agi.core.dht.transport.base import Link, Listener, Traffic, Transport
 from agi.core.dht.transport.codec import encode
-from agi.core.dht.types import BATCH_BYTES_MAX, BULK_VALUE_BYTES, PROTOCOL_VERSION, SCAN_LIMIT_MAX
+from agi.core.dht.types import (
+    BATCH_BYTES_MAX,
+    BULK_VALUE_BYTES,
+    PROTOCOL_VERSION,
+    SCAN_LIMIT_MAX,
+    format_address,
+    parse_address,
+)
 
 _log = structlog.get_logger("agi.core.dht.node")
 
@@ -115,7 +124,6 @@ class Node:
         seed: the transport that reaches gRPC addresses; the caller lets its links arrive at this node as handler.
         data: the transport of the data wire, on which the node listens itself.
         data_listen: addresses to listen on with `data`; the first is the one announced.
-        http_address: announced to clients; served by the caller.
         on_fatal: told when the node cannot go on (the store failed, a background task died).
 
     `start` returns when the node listens; `formed` is set once it has a topology.
@@ -131,7 +139,6 @@ class Node:
         seed: Transport,
         data: Transport,
         data_listen: list[str],
-        http_address: str = "",
         clock: Clock,
         rng: random.Random,
         on_fatal: Callable[[DHTError], None],
@@ -139,7 +146,8 @@ class Node:
         self.config = config
         self.node_id = node_id
         self.address = address
-        self.http_address = http_address
+        self.http_address = ""
+        """Announced to the others; whoever serves it sets it before `start`."""
         self.store = store
         self.clock = clock
         self.metrics = Metrics()
@@ -169,6 +177,9 @@ class Node:
         self._tasks: set[asyncio.Task[None]] = set()
         self._scans = 0
         self._queries = 0
+        self._debug = config.observability.log_level == "debug"
+        """Then every request and replica message is logged with its correlation id."""
+        self._failures = Throttle()
         self.replica = Replica(
             store, self._hlc, clock, self.metrics, max_clock_skew_ms=config.versions.max_clock_skew_ms
         )
@@ -220,7 +231,9 @@ class Node:
                 if address.startswith("unix:"):
                     self.unix_path = address[5:]
                 elif not self.data_address:
-                    self.data_address = listener.address
+                    # under the host that others reach: the bound one may be a wildcard
+                    host, _ = parse_address(self.address)
+                    self.data_address = format_address(host, parse_address(listener.address)[1])
         except BaseException:
             for listener in self._listeners:
                 await listener.close()
@@ -281,6 +294,26 @@ class Node:
             self._on_fatal(error)
 
     # --- forming
+
+    @property
+    def started(self) -> bool:
+        """Whether the store is open and the node knows who it is."""
+        return self._identity is not None
+
+    @property
+    def epoch(self) -> int:
+        """0 before there is a topology."""
+        return self.topology.epoch if self.topology is not None else 0
+
+    @property
+    def links(self) -> int:
+        """Accepted links."""
+        return self._links
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """What the data wire has carried."""
+        return self._data.traffic
 
     @property
     def identity(self) -> Identity:
@@ -395,7 +428,7 @@ class Node:
         """Judges another node. Raises a ClusterError that names the difference."""
         ours = self.config.shared_settings()
         differences = [
-            f"{name} is {getattr(theirs, name)!r} there and {value!r} here"
+            f"{name} is {getattr(theirs, name)!r} at {theirs.name} and {value!r} at {self.node_id}"
             for name, value in ours.items()
             if getattr(theirs, name) != value
         ]
@@ -447,6 +480,8 @@ class Node:
 
     def link_closed(self, link: Link, error: DHTError | None) -> None:
         """LinkHandler: an accepted link ended."""
+        if isinstance(error, ProtocolMismatch | FrameTooLarge) and self._failures.pass_(self.clock.monotonic()):
+            _log.warning("link_refused", peer=link.peer, error=str(error))
         session = link.context
         if isinstance(session, Session):
             self._links -= 1
@@ -496,6 +531,8 @@ class Node:
         if self.coordinator is None or self.stopping:
             link.send(GetReply(request.id, [], None, self._ready()))
             return
+        if self._debug:
+            _log.debug("get", trace=f"{session.name}:{request.id}", keys=len(request.keys))
         self.coordinator.get(request, partial(self._answer_get, session, link), f"{session.name}:{request.id}")
 
     def _answer_get(self, session: Session, link: Link, reply: Message) -> None:
@@ -513,18 +550,24 @@ class Node:
         if self.coordinator is None or self.stopping:
             link.send(PutReply(request.id, [], None, self._ready()))
             return
+        if self._debug:
+            _log.debug("put", trace=f"{session.name}:{request.id}", keys=len(request.keys), retry=request.retry)
         self.coordinator.put(request, link.send, session.name)
 
     def _delete(self, session: Session, link: Link, request: Delete) -> None:
         if self.coordinator is None or self.stopping:
             link.send(DeleteReply(request.id, [], None, self._ready()))
             return
+        if self._debug:
+            _log.debug("delete", trace=f"{session.name}:{request.id}", keys=len(request.keys), retry=request.retry)
         self.coordinator.delete(request, link.send, session.name)
 
     def _scan(self, session: Session, link: Link, request: Scan) -> None:
         if self.scanner is None or self.stopping:
             link.send(ScanReply(request.id, [], [], b"", self._ready()))
             return
+        if self._debug:
+            _log.debug("scan", trace=f"{session.name}:{request.id}", limit=request.limit)
         self.scanner.scan(request, partial(session.send, link), f"{session.name}:{request.id}")
 
     def _query(self, session: Session, link: Link, request: Query) -> None:
@@ -569,23 +612,29 @@ class Node:
         return None
 
     def _replica_read(self, session: Session, link: Link, request: ReplicaRead) -> None:
+        if self._debug:
+            _log.debug("replica_read", trace=request.trace, peer=session.name, keys=len(request.keys))
         stale = self._stale(session, request.epoch)
         if stale is not None:
             link.send(ReplicaReadReply(request.id, [], stale))
         else:
-            self.replica.read(request.keys, partial(self._answer_read, session, link, request.id))
+            self.replica.read(request.keys, partial(self._answer_read, session, link, request))
 
     def _answer_read(
-        self, session: Session, link: Link, number: int, records: list[bytes | None], error: WireError | None
+        self, session: Session, link: Link, request: ReplicaRead, records: list[bytes | None], error: WireError | None
     ) -> None:
+        if error is not None:
+            self._replica_failed(request, error)
         try:
-            session.send(link, ReplicaReadReply(number, records, error))
+            session.send(link, ReplicaReadReply(request.id, records, error))
         except FrameTooLarge:
-            session.send(link, ReplicaReadReply(number, cut(records), error))
+            session.send(link, ReplicaReadReply(request.id, cut(records), error))
         except (TransportError, Overloaded) as failure:
             _log.info("reply_undeliverable", peer=session.name, error=str(failure))
 
     def _replica_write(self, session: Session, link: Link, request: ReplicaWrite) -> None:
+        if self._debug:
+            _log.debug("replica_write", trace=request.trace, peer=session.name, keys=len(request.keys))
         stale = self._stale(session, request.epoch)
         if session.kind == "client":
             raise ProtocolMismatch("a client does not write to replicas")
@@ -594,24 +643,28 @@ class Node:
         if stale is not None:
             link.send(ReplicaWriteReply(request.id, None, None, stale))
         else:
-            done = partial(self._answer_write, session, link, request.id)
+            done = partial(self._answer_write, session, link, request)
             self.replica.write(request.mode, request.keys, request.records, request.want_live, done)
 
     def _answer_write(
         self,
         session: Session,
         link: Link,
-        number: int,
+        request: ReplicaWrite,
         superseded: list[tuple[int, int]] | None,
         live: list[int] | None,
         error: WireError | None,
     ) -> None:
+        if error is not None:
+            self._replica_failed(request, error)
         try:
-            link.send(ReplicaWriteReply(number, superseded, live, error, self.replica.now_ms()))
+            link.send(ReplicaWriteReply(request.id, superseded, live, error, self.replica.now_ms()))
         except (TransportError, Overloaded) as failure:
             _log.info("reply_undeliverable", peer=session.name, error=str(failure))
 
     def _replica_scan(self, session: Session, link: Link, request: ReplicaScan) -> None:
+        if self._debug:
+            _log.debug("replica_scan", trace=request.trace, peer=session.name, limit=request.limit)
         error = self._stale(session, request.epoch)
         if error is None and self._scans >= REPLICA_SCANS_MAX:
             error = Overloaded(f"{self._scans} scans are under way at {self.node_id} already").to_wire()
@@ -621,16 +674,31 @@ class Node:
         self._scans += 1
         limit = max(1, min(request.limit, SCAN_LIMIT_MAX + 1))
         bytes_max = max(1, min(request.bytes_max, BATCH_BYTES_MAX))
-        done = partial(self._answer_scan, session, link, request.id)
+        done = partial(self._answer_scan, session, link, request)
         self._own(self.replica.scan(request.start, request.end, limit, bytes_max, done), "replica scan")
 
-    def _answer_scan(self, session: Session, link: Link, number: int, page: Page, error: WireError | None) -> None:
+    def _answer_scan(
+        self, session: Session, link: Link, request: ReplicaScan, page: Page, error: WireError | None
+    ) -> None:
         self._scans -= 1
+        if error is not None:
+            self._replica_failed(request, error)
         keys, records = [key for key, _ in page.items], [record for _, record in page.items]
         try:
-            session.send(link, ReplicaScanReply(number, keys, records, page.complete, error))
+            session.send(link, ReplicaScanReply(request.id, keys, records, page.complete, error))
         except (TransportError, Overloaded) as failure:
             _log.info("reply_undeliverable", peer=session.name, error=str(failure))
+
+    def _replica_failed(self, request: ReplicaRead | ReplicaWrite | ReplicaScan, error: WireError) -> None:
+        if self._failures.pass_(self.clock.monotonic()):
+            held_back, self._failures.suppressed = self._failures.suppressed, 0
+            _log.warning(
+                "replica_request_failed",
+                kind=type(request).__name__,
+                trace=request.trace,
+                error=str(from_wire(*error)),
+                held_back=held_back,
+            )
 
     # --- replies of peers
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -101,12 +104,16 @@ class Queries:
         node = self._node
         stats = await node.store.stats()
         metrics = node.metrics
+        used = resource.getrusage(resource.RUSAGE_SELF)
         return {
             "node_id": node.node_id,
+            "cpu_s": used.ru_utime + used.ru_stime,
+            "rss_bytes": _rss_bytes(),
             "gets": metrics.gets,
             "puts": metrics.puts,
             "deletes": metrics.deletes,
             "scans": metrics.scans,
+            "read_repairs": metrics.read_repairs,
             "failures": sum(metrics.failures.values()),
             "keys": stats.records,
             "keys_exact": stats.exact,
@@ -148,6 +155,14 @@ class Queries:
         found: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
         node.replica.read([key], partial(_settle, found))
         return await found
+
+
+def _rss_bytes() -> int:
+    """Resident memory of this process right now; its highest so far where /proc does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _settle(future: asyncio.Future[bytes | None], records: list[bytes | None], error: WireError | None) -> None:

@@ -220,7 +220,7 @@ class ReadGroup(ReadQuorum):
         if isinstance(outcome, Agreed):
             self._done(outcome.records)
         elif isinstance(outcome, Repair):
-            self.requests.metrics.read_repairs += 1
+            self.requests.metrics.read_repairs += sum(len(indexes) for _, indexes in outcome.stale)
             self.repairs = dict(outcome.stale)
             self.waiting = dict.fromkeys(self.repairs) if outcome.blocking else {}
             for replica, indexes in outcome.stale:

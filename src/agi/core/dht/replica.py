@@ -20,6 +20,7 @@ import structlog
 
 from agi.core.dht.clock import Clock
 from agi.core.dht.errors import ClockSkew, DHTError, Overloaded, StorageError, StorageFull
+from agi.core.dht.observability.logs import Throttle
 from agi.core.dht.observability.metrics import Metrics
 from agi.core.dht.protocol.commit import Commit, Effect, Fail, GroupCommit, Release
 from agi.core.dht.protocol.messages import FRESH, WireError
@@ -61,6 +62,7 @@ class Replica:
         self._skew_ms = max_clock_skew_ms
         self._commit: GroupCommit[Parked] | None = GroupCommit() if store.local and store.group_sync else None
         self._sync_started = 0.0
+        self._refusals = Throttle(1)
         self._queue: deque[tuple[int, list[bytes], list[bytes], bool, WriteDone]] = deque()
         self._queued = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -252,7 +254,8 @@ class Replica:
             hlc = hlc_of(record)
             if hlc > limit and (header is None or hlc > hlc_of(header) + (self._skew_ms << 16)):
                 ahead_s = ((hlc >> 16) - now_ms) / 1000
-                _log.error("clock_skew_refused", ahead_s=ahead_s, max_clock_skew_ms=self._skew_ms)
+                if self._refusals.pass_(self._clock.monotonic()):
+                    _log.error("clock_skew_refused", ahead_s=ahead_s, max_clock_skew_ms=self._skew_ms)
                 raise ClockSkew(
                     f"the version is {ahead_s:.1f} s ahead of this replica's clock; at most {self._skew_ms} ms are taken"  # noqa: E501
                 )

@@ -20,6 +20,7 @@ from agi.core.dht.errors import (
     Overloaded,
     TransportError,
 )
+from agi.core.dht.observability.logs import Throttle
 from agi.core.dht.observability.metrics import Metrics
 from agi.core.dht.peers import Peers
 from agi.core.dht.protocol.messages import Delete, Get, KeyError_, Message, Put
@@ -113,6 +114,7 @@ class Requests:
         self._bytes_max = pending_bytes_max
         self._wheel: TimerWheel[int] = TimerWheel(clock.monotonic())
         self._slow_s = slow_s or float("inf")
+        self._slow = Throttle()
 
     def needed(self, consistency: int) -> int:
         """Replicas that a level waits for. Raises InvalidConsistency."""
@@ -161,7 +163,7 @@ class Requests:
         observe(elapsed, count)
         if operation.errors is not None:
             self.metrics.fail_keys(operation.errors)
-        if elapsed > self._slow_s:
+        if elapsed > self._slow_s and self._slow.pass_(operation.started):
             kind = type(operation.request).__name__
             _log.warning("slow_request", kind=kind, keys=count, ms=round(elapsed * 1000), trace=operation.trace)
         try:

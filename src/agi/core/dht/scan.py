@@ -219,7 +219,7 @@ class Scanner:
         return Page(list(zip(reply.keys, reply.records, strict=True)), reply.complete)
 
     async def _repair(self, repairs: dict[str, list[tuple[bytes, bytes]]], trace: str) -> None:
-        self._metrics.read_repairs += 1
+        self._metrics.read_repairs += sum(map(len, repairs.values()))
 
         async def one(name: str, items: list[tuple[bytes, bytes]]) -> None:
             keys, records = [key for key, _ in items], [record for _, record in items]

@@ -1,4 +1,4 @@
-"""The process of one node: `python -m agi.core.dht.server --port 7000 --peers host:port,host:port`.
+"""The process of one node: `python -m agi.core.dht.server --port 7000 --peers host:port,host:port`, or `agi-dht serve`.
 
 Announces itself as one JSON line on stdout once its ports are bound. SIGTERM drains and exits 0; an error at the start
 is one line on stderr and the error's exit code.
@@ -6,7 +6,6 @@ is one line on stderr and the error's exit code.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -14,58 +13,29 @@ import random
 import secrets
 import signal
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Annotated
 
-import grpc
-import structlog
+import typer
 import uvloop
 from grpc import aio
 
+from agi.core.dht.admin.endpoints import admin_server
 from agi.core.dht.clock import SystemClock
+from agi.core.dht.commands import run
 from agi.core.dht.config import Config, load_config
 from agi.core.dht.errors import ConfigError, ConnectFailed, DHTError
 from agi.core.dht.node import Node
-from agi.core.dht.proto.dht_pb2 import Frame
+from agi.core.dht.observability.logs import configure
 from agi.core.dht.ring import token_bytes
+from agi.core.dht.service import Service
 from agi.core.dht.storage.base import StorageBackend, WalSync
 from agi.core.dht.storage.memory import MemoryStore
 from agi.core.dht.storage.redis import RedisStore
 from agi.core.dht.storage.rocksdb import RocksStore
-from agi.core.dht.transport.grpc import GrpcTransport, serve_exchange
+from agi.core.dht.transport.grpc import SERVER_OPTIONS, GrpcTransport
 from agi.core.dht.transport.native import NativeTransport
-from agi.core.dht.types import FRAME_BYTES_MAX, format_address
-
-
-def _configure_logs(config: Config) -> None:
-    """Logs go to stderr: stdout carries the announcement alone."""
-    console = config.observability.log_format == "console" or (
-        config.observability.log_format == "auto" and sys.stderr.isatty()
-    )
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(config.observability.log_level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
-    )
-
-
-def _exchange(node: Node) -> grpc.GenericRpcHandler:
-    """The gRPC method that carries native frames."""
-
-    async def exchange(request_iterator: AsyncIterator[Frame], context: aio.ServicerContext[Frame, Frame]) -> None:
-        await serve_exchange(node, request_iterator, context)
-
-    method = grpc.stream_stream_rpc_method_handler(
-        exchange, request_deserializer=Frame.FromString, response_serializer=Frame.SerializeToString
-    )
-    return grpc.method_handlers_generic_handler("agi.core.dht.v1.DHT", {"Exchange": method})
+from agi.core.dht.types import format_address, parse_address
 
 
 def _store(config: Config, path: Path, node_id: str) -> StorageBackend:
@@ -83,10 +53,9 @@ def _store(config: Config, path: Path, node_id: str) -> StorageBackend:
     )
 
 
-async def _run(config: Config) -> int:
-    limits = [("grpc.so_reuseport", int(config.network.reuse_port))]
-    limits += [(f"grpc.max_{way}_message_length", FRAME_BYTES_MAX + 65536) for way in ("send", "receive")]
-    server = aio.server(options=limits)
+async def _run(config: Config, stop_with_stdin: bool) -> None:
+    options = {**dict(SERVER_OPTIONS), "grpc.so_reuseport": int(config.network.reuse_port)}
+    server = aio.server(options=tuple(options.items()))
     wanted = format_address(config.network.host or "0.0.0.0", config.network.port)
     try:
         port = server.add_insecure_port(wanted)
@@ -104,7 +73,10 @@ async def _run(config: Config) -> int:
     listen = [format_address(config.network.host or "0.0.0.0", config.data_port)]
     socket_path = config.unix_socket_path(port)
     if socket_path is not None:
-        socket_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # before anything runs
+        try:
+            socket_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # before anything runs
+        except OSError as error:
+            raise ConnectFailed(f"cannot make the folder of unix:{socket_path}: {error.strerror}") from error
         listen.append(f"unix:{socket_path}")
     node = Node(
         config,
@@ -118,12 +90,23 @@ async def _run(config: Config) -> int:
         rng=random.Random(secrets.randbits(64)),
         on_fatal=on_fatal,
     )
-    server.add_generic_rpc_handlers((_exchange(node),))
-    await node.start()
+    service = Service(node, on_fatal)
+    service.register(server)
+    admin = admin_server(node)
+    await admin.listen(config.network.host, config.http_port, reuse_port=config.network.reuse_port)
+    node.http_address = format_address(parse_address(node.address)[0], admin.port)
+    try:
+        await node.start()
+    except BaseException:
+        await admin.close()
+        raise
+    service.start()
     await server.start()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    if stop_with_stdin:
+        await loop.connect_read_pipe(lambda: _StdinWatch(stop), sys.stdin)
     announced = {
         "event": "listening",
         "node_id": node.node_id,
@@ -131,48 +114,90 @@ async def _run(config: Config) -> int:
         "port": port,
         "address": node.address,
         "data_address": node.data_address,
+        "http_address": node.http_address,
         "unix_socket": node.unix_path,
     }
     sys.stdout.write(json.dumps(announced) + "\n")
     sys.stdout.flush()
     await stop.wait()
+    service.withdraw()
     await node.stop(config.network.drain_timeout_ms / 1000)
+    await service.stop()
     await server.stop(1.0)
+    await admin.close()
     if fatal:
         raise fatal[0]
-    return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs a node until it is told to stop; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m agi.core.dht.server", description=__doc__)
-    parser.add_argument("--config", type=Path, help="YAML file (configs/dht_config.yaml shows every key)")
-    parser.add_argument("--port", help="gRPC port; 0 for any")
-    parser.add_argument("--peers", help="gRPC addresses of the other nodes, separated by commas")
-    parser.add_argument("--node-id")
-    parser.add_argument("--storage", help="rocksdb, memory or redis")
-    parser.add_argument("--path", help="data folder")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting")
-    given = parser.parse_args(argv)
+class _StdinWatch(asyncio.Protocol):
+    """Sets the event when stdin ends: whoever holds its other end is gone."""
+
+    def __init__(self, ended: asyncio.Event) -> None:
+        self._ended = ended
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._ended.set()
+
+
+def serve(
+    config: Annotated[Path | None, typer.Option(help="YAML file; configs/dht_config.yaml shows every key.")] = None,
+    port: Annotated[str | None, typer.Option(help="gRPC port; 0 for any. Default 7000.")] = None,
+    peers: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT,...", help="gRPC addresses of the other nodes; none: alone.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Interface to listen on. Default 127.0.0.1.")] = None,
+    advertise: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Address by which others reach this node.")
+    ] = None,
+    node_id: Annotated[str | None, typer.Option(help="Name of this node. Default: the advertised address.")] = None,
+    storage: Annotated[str | None, typer.Option(help="rocksdb (default), memory or redis.")] = None,
+    path: Annotated[str | None, typer.Option(help="Data folder. Default ./dht-data/{node_id}.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, such as network.timeout_ms=500."),
+    ] = None,
+    stop_with_stdin: Annotated[
+        bool, typer.Option("--stop-with-stdin", help="Stop when stdin ends, so that no node outlives its launcher.")
+    ] = False,
+) -> None:
+    """Run a node until SIGTERM or SIGINT.
+
+    Settings come from here, then from DHT_* environment variables, then from the YAML file, then from the defaults.
+
+    Example of three nodes on one machine, each in a terminal of its own:
+
+        agi-dht serve --port 7000 --peers localhost:7001,localhost:7002
+
+        agi-dht serve --port 7001 --peers localhost:7000,localhost:7002
+
+        agi-dht serve --port 7002 --peers localhost:7000,localhost:7001
+    """
     overrides: dict[str, object] = {
-        "dht.network.port": given.port,
-        "dht.cluster.bootstrap_nodes": given.peers,
-        "dht.node.id": given.node_id,
-        "dht.storage.backend": given.storage,
-        "dht.storage.path": given.path,
+        "dht.network.port": port,
+        "dht.network.host": host,
+        "dht.cluster.bootstrap_nodes": peers,
+        "dht.node.id": node_id,
+        "dht.node.advertise": advertise,
+        "dht.storage.backend": storage,
+        "dht.storage.path": path,
     }
-    try:
-        for setting in given.set:
-            key, equals, value = setting.partition("=")
-            if not equals:
-                raise ConfigError(f"--set takes KEY=VALUE, not {setting!r}")
-            overrides[key] = value
-        config = load_config(given.config, os.environ, overrides)
-        _configure_logs(config)
-        return uvloop.run(_run(config))
-    except DHTError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
+    for setting in settings or ():
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes KEY=VALUE, not {setting!r}")
+        overrides[key] = value
+    loaded = load_config(config, os.environ, overrides)
+    configure(loaded.observability.log_level, loaded.observability.log_format)
+    uvloop.run(_run(loaded, stop_with_stdin))
+
+
+_app = typer.Typer(add_completion=False)
+_app.command()(serve)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a node until it is told to stop; returns its exit code."""
+    return run(_app, arguments, name="python -m agi.core.dht.server")
 
 
 if __name__ == "__main__":

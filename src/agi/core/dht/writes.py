@@ -19,6 +19,7 @@ from agi.core.dht.errors import (
     StaleEpoch,
     StorageFull,
     TransportError,
+    Unavailable,
     from_wire,
 )
 from agi.core.dht.peers import Peer
@@ -75,10 +76,13 @@ class Writes:
         self.writer = writer
         self._known: RequestTable[WriteOperation | PutReply | DeleteReply] = RequestTable(dedup_entries)
 
-    def start(self, request: Put | Delete, reply: ReplyTo, client: str) -> None:
+    def start(self, request: Put | Delete, reply: ReplyTo, client: str, trace: str) -> None:
         """Writes a batch; `reply` gets one PutReply or DeleteReply by the deadline."""
         requests = self._requests
         known = self._known.get(client, request.id)
+        if known is not None and not request.retry and _came_to_nothing(known):
+            self._known.drop(client, request.id)  # a caller that marks no retries tries again
+            known = None
         if known is not None:
             requests.metrics.retries_deduplicated += 1
             if isinstance(known, WriteOperation):
@@ -99,7 +103,8 @@ class Writes:
             kind = PutReply if isinstance(request, Put) else DeleteReply
             reply(kind(request.id, [], None, error.to_wire()))
             return
-        operation = WriteOperation(request, reply, f"{client}:{request.id}", requests.clock.monotonic(), cost, client)
+        trace = trace or f"{client}:{request.id}"
+        operation = WriteOperation(request, reply, trace, requests.clock.monotonic(), cost, client)
         self._known.add(client, request.id, operation, len(request.keys))
         parts = requests.parts(request.keys)
         if len(parts) > 1:
@@ -342,6 +347,16 @@ class WriteGroup(WriteQuorum):
         operation.left -= 1
         if not operation.left:
             self.writes.answer(operation)
+
+
+def _came_to_nothing(known: WriteOperation | PutReply | DeleteReply) -> bool:
+    """Every key of a batch failed, and in a way that tells that it is stored nowhere (D3)."""
+    if isinstance(known, WriteOperation) or known.errors is None:
+        return False
+    keys = len(known.versions if isinstance(known, PutReply) else known.existed)
+    return len(known.errors) == keys and all(
+        isinstance(from_wire(*wire), Unavailable | ClockSkew | InvalidRequest) for _, wire in known.errors
+    )
 
 
 def _check_put(request: Put) -> None:

@@ -177,8 +177,7 @@ class DHTClient:
         record = await self._one(Kind.GET, key, consistency, timeout)
         if record is None:
             return None
-        hlc = hlc_of(record)
-        return Entry(key, record[HEADER:], hlc, expires_ms_of(record) or None, created_ms_of(record), physical_ms(hlc))
+        return _entry(key, record)
 
     async def exists(
         self, key: str, *, consistency: Consistency | str | None = None, timeout: float | None = None
@@ -313,6 +312,44 @@ class DHTClient:
             if not low:
                 return
 
+    async def iterate_entries(
+        self,
+        prefix: str = "",
+        *,
+        page_size: int = SCAN_LIMIT_MAX,
+        start: str | None = None,
+        end: str | None = None,
+        consistency: Consistency | str | None = None,
+        timeout: float | None = None,
+    ) -> AsyncIterator[Entry]:
+        """`iterate` with versions and times."""
+        low, high, level, timeout_s = self._range(prefix, page_size, start, end, consistency, timeout)
+        while True:
+            entries, low = await self._entries(low, high, page_size, level, timeout_s)
+            for entry in entries:
+                yield entry
+            if not low:
+                return
+
+    async def iterate_keys(
+        self,
+        prefix: str = "",
+        *,
+        page_size: int = SCAN_LIMIT_MAX,
+        start: str | None = None,
+        end: str | None = None,
+        consistency: Consistency | str | None = None,
+        timeout: float | None = None,
+    ) -> AsyncIterator[str]:
+        """`iterate` of the keys alone: no value travels to this client."""
+        low, high, level, timeout_s = self._range(prefix, page_size, start, end, consistency, timeout)
+        while True:
+            pairs, low = await self._page(low, high, page_size, level, timeout_s, keys_only=True)
+            for key, _ in pairs:
+                yield key
+            if not low:
+                return
+
     def _range(
         self,
         prefix: str,
@@ -340,6 +377,13 @@ class DHTClient:
         """One page of a scan and where the next begins (empty: nowhere)."""
         page = await self._live().scan(Scan(0, level, 0, low, high, size, keys_only), timeout_s)
         return [(k.decode(), r[HEADER:]) for k, r in zip(page.keys, page.records, strict=True)], page.next
+
+    async def _entries(
+        self, low: bytes, high: bytes, size: int, level: Consistency, timeout_s: float
+    ) -> tuple[list[Entry], bytes]:
+        """`_page` with versions and times."""
+        page = await self._live().scan(Scan(0, level, 0, low, high, size), timeout_s)
+        return [_entry(k.decode(), r) for k, r in zip(page.keys, page.records, strict=True)], page.next
 
     # --- the cluster
 
@@ -512,6 +556,11 @@ def prefix_end(prefix: bytes) -> bytes:
     """The least key above every key with this prefix; empty where there is none."""
     cut = prefix.rstrip(b"\xff")
     return cut[:-1] + bytes([cut[-1] + 1]) if cut else b""
+
+
+def _entry(key: str, record: bytes) -> Entry:
+    hlc = hlc_of(record)
+    return Entry(key, record[HEADER:], hlc, expires_ms_of(record) or None, created_ms_of(record), physical_ms(hlc))
 
 
 def _check_timeout(timeout: float) -> float:

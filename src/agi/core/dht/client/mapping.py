@@ -157,13 +157,13 @@ class MappingView(MutableMapping[str, V]):
 
     def __iter__(self) -> Iterator[str]:
         cut = len(self._prefix)
-        for key in self._client._keys(self._prefix):
+        for key in self._client.iterate_keys(self._prefix):
             yield key[cut:]
 
     def __len__(self) -> int:
         """By scan, of keys alone: takes as long as there are keys. (`list(view)` asks for it too; `[*iter(view)]` and
         loops do not.)"""
-        return sum(1 for _ in self._client._keys(self._prefix))
+        return sum(1 for _ in self._client.iterate_keys(self._prefix))
 
     def __bool__(self) -> bool:
         """Whether there is a key; asks for one alone."""
@@ -192,7 +192,7 @@ class MappingView(MutableMapping[str, V]):
 
     def clear(self) -> None:
         """Deletes what a scan finds, a chunk at a time. Not atomic: keys written meanwhile may stay."""
-        keys = self._client._keys(self._prefix)
+        keys = self._client.iterate_keys(self._prefix)
         while chunk := list(islice(keys, CHUNK_KEYS)):
             self._client.delete_many(chunk)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import structlog
 
 from agi.core.dht.client.batches import Batch, Kind
 from agi.core.dht.client.direct import DIRECT_KEYS_MAX, DirectReads
@@ -55,7 +55,7 @@ from agi.core.dht.transport.codec import encode
 from agi.core.dht.transport.handshake import greet
 from agi.core.dht.types import BULK_VALUE_BYTES, PROTOCOL_VERSION, Consistency, Node, parse_address
 
-_log = structlog.get_logger("agi.core.dht.client")
+_log = logging.getLogger("agi.core.dht.client")
 
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 1.0
@@ -73,6 +73,8 @@ class Remote:
         self.address = address
         self.links: list[Link] = []
         self.run_id = ""
+        self.failed = False
+        """Whether a try to connect has failed."""
         self.down = asyncio.Event()
         self.wake = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
@@ -153,6 +155,7 @@ class Session:
         the nodes answered."""
         self.addresses = addresses
         error: DHTError = ConnectFailed("no address was given")
+        said: dict[str, DHTError] = {}
         while True:
             for address in addresses:
                 remaining = deadline - self.clock.monotonic()
@@ -162,11 +165,12 @@ class Session:
                     async with asyncio.timeout(remaining):
                         await self._learn(address)
                 except TimeoutError:
-                    error = ConnectFailed(f"{address} did not answer in time")
+                    # the last try is cut short: what an earlier one met says more
+                    error = said.get(address) or ConnectFailed(f"{address} did not answer in time")
                 except DHTError as failure:
                     if not failure.retryable:
                         raise
-                    error = failure
+                    said[address] = error = failure
                 else:
                     if await self._connected(deadline):
                         self._timer = self._loop.call_later(TICK_S, self._tick)
@@ -176,10 +180,11 @@ class Session:
             await asyncio.sleep(min(0.1, max(0.0, deadline - self.clock.monotonic())))
 
     async def _connected(self, deadline: float) -> bool:
-        """Waits for the links of all members, but not long for those that fail."""
+        """Waits for the links of all members, but not for those that fail, and not long for those that are silent."""
         patience = min(deadline, self.clock.monotonic() + 1.0)
         while self.clock.monotonic() < deadline:
-            if self.up and (len(self.up) == len(self.nodes) or self.clock.monotonic() > patience):
+            tried = all(remote.links or remote.failed for remote in self.nodes.values())
+            if self.up and (tried or self.clock.monotonic() > patience):
                 return True
             await asyncio.sleep(0.005)
         return bool(self.up)
@@ -234,7 +239,7 @@ class Session:
                     async with asyncio.timeout(QUERY_TIMEOUT_S):
                         await self._learn(known[self._rng.randrange(len(known))])
             except (DHTError, TimeoutError) as error:
-                _log.debug("refresh_failed", error=str(error))
+                _log.debug("the topology could not be refreshed: %s", error)
 
     def _own(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = self._loop.create_task(coroutine, name=name)
@@ -255,7 +260,8 @@ class Session:
             try:
                 await self._connect(remote)
             except DHTError as error:
-                _log.debug("node_unreachable", node=remote.node_id, error=str(error))
+                _log.debug("%s is unreachable: %s", remote.node_id, error)
+                remote.failed = True
                 self._give_up(remote)
                 try:
                     async with asyncio.timeout(backoff_s * (0.5 + self._rng.random())):
@@ -284,7 +290,7 @@ class Session:
             if not isinstance(error, ConnectFailed):
                 seed.close()
                 raise
-            _log.info("native_port_unreachable", node=remote.node_id, error=str(error), using="gRPC")
+            _log.info("%s is reached by gRPC alone, the native port is not: %s", remote.node_id, error)
             links = [seed]  # only the gRPC port can be reached: its tunnel carries the same frames
         else:
             seed.close()
@@ -648,12 +654,12 @@ class Session:
                     self._no_links.clear()
                     await self._no_links.wait()
         except TimeoutError:
-            _log.warning("links_not_ended", links=len(self._links))
+            _log.warning("%d links did not end in time", len(self._links))
 
 
 def _ended(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
-        _log.critical("background_task_failed", task=task.get_name(), error=repr(error), exc_info=error)
+        _log.critical("the task %s failed", task.get_name(), exc_info=error)
 
 
 class _NodeHandler:

@@ -329,12 +329,40 @@ class SyncDHTClient:
             if not low:
                 return
 
-    def _keys(self, prefix: str) -> Iterator[str]:
-        """Keys in order; no value travels to this client."""
+    def iterate_entries(
+        self,
+        prefix: str = "",
+        *,
+        page_size: int = SCAN_LIMIT_MAX,
+        start: str | None = None,
+        end: str | None = None,
+        consistency: Consistency | str | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[Entry]:
+        """`iterate` with versions and times."""
         client = self._client
-        low, high, level, timeout_s = client._range(prefix, SCAN_LIMIT_MAX, None, None, None, None)
+        low, high, level, timeout_s = client._range(prefix, page_size, start, end, consistency, timeout)
         while True:
-            pairs, low = self._call(client._page(low, high, SCAN_LIMIT_MAX, level, timeout_s, keys_only=True))
+            entries, low = self._call(client._entries(low, high, page_size, level, timeout_s))
+            yield from entries
+            if not low:
+                return
+
+    def iterate_keys(
+        self,
+        prefix: str = "",
+        *,
+        page_size: int = SCAN_LIMIT_MAX,
+        start: str | None = None,
+        end: str | None = None,
+        consistency: Consistency | str | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[str]:
+        """`iterate` of the keys alone: no value travels to this client."""
+        client = self._client
+        low, high, level, timeout_s = client._range(prefix, page_size, start, end, consistency, timeout)
+        while True:
+            pairs, low = self._call(client._page(low, high, page_size, level, timeout_s, keys_only=True))
             for key, _ in pairs:
                 yield key
             if not low:

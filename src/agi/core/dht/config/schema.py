@@ -433,7 +433,7 @@ class ObservabilityConfig:
     slow_request_ms: int = knob(
         500,
         integer(0, 600_000),
-        "A request that took at least this long is logged with its stages. 0 turns that off.",
+        "A request that took at least this long is logged with its correlation id. 0 turns that off.",
         unit="ms",
         more="fewer slow requests are seen",
         less="a larger log",

@@ -5,14 +5,19 @@ The gRPC contract of the DHT, for clients in any language.
 
 Conventions
   Keys      UTF-8 strings of 1 to 1024 bytes.
-  Values    bytes, at most 8 MiB; a message is at most 16 MiB.
+  Values    bytes, at most 8 MiB; a message is at most 16 MiB. Responses stay below 4 MiB, which clients accept unless
+            told otherwise, where a single value is not larger: a batch of reads reports code 33 for the keys whose
+            values do not fit, a page of a scan is shorter. A batch has at most 10000 keys.
   Times     milliseconds since the Unix epoch, by the clock of the coordinator of the write; 0 means "never" or "none".
   Deadline  the gRPC deadline of the call. A call without one gets the server's default.
   Errors    a call that fails as a whole ends with a gRPC status other than OK and an ErrorDetail in the trailing
             metadata `dht-error-bin`. "Not found" is an answer, not an error. Batches report errors per key.
   Retry     a write may carry (client_id, sequence). A node that has already executed that pair answers as it did
-            then. After OUTCOME_UNKNOWN (code 40) a write without the pair must not be repeated blindly: an older
-            value could overwrite a newer one.
+            then, unless all of that write failed and nothing of it was stored: then it tries again. After
+            OUTCOME_UNKNOWN (code 40) a write without the pair must not be repeated blindly: an older value could
+            overwrite a newer one.
+  Tracing   a call may carry the metadata `x-correlation-id`: up to 128 printable ASCII characters, which the nodes
+            log with what they do for the call.
 
 Compatibility: fields and methods are only added. Reserved numbers belong to features that are planned (conditional
 writes, locks, membership); the reservation is lifted where the feature is added.
@@ -205,7 +210,7 @@ class PutRequest(_message.Message):
     client_id: _builtins.str
     """Random name of the client, the same for all its calls; empty without idempotent retry."""
     sequence: _builtins.int
-    """Number of this write, unique within the client_id; a retry repeats it."""
+    """Number of this write, from 1, unique within the client_id; a retry repeats it."""
     def __init__(
         self,
         *,

@@ -146,7 +146,8 @@ class Bootstrap:
         missing = [address for address in self.addresses if address not in self._answers]
         if missing:
             said = "; ".join(f"{address}: {self._errors.get(address, 'not asked yet')}" for address in missing)
-            return Waiting(f"waiting for {len(missing)} of {len(self.addresses)} configured peers ({said})")
+            others = [address for address in self.addresses if self._answers.get(address) != self._me.node_id]
+            return Waiting(f"waiting for {len(missing)} of {len(others)} configured peers ({said})")
         seen = self.members_seen
         unsure = [
             hello.name for hello in self._hellos.values() if not hello.settled or sorted(hello.members_seen) != seen

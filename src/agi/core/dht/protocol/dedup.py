@@ -40,6 +40,12 @@ class RequestTable(Generic[T]):
             _, (_, dropped) = batches.popitem(last=False)
             self._keys -= dropped
 
+    def drop(self, client: str, sequence: int) -> None:
+        """Forgets a batch, if it is known."""
+        found = self._batches.pop((client, sequence), None)
+        if found is not None:
+            self._keys -= found[1]
+
     def update(self, client: str, sequence: int, state: T) -> None:
         """Its reply, once it has one; nothing if it has left the table."""
         found = self._batches.get((client, sequence))

@@ -119,7 +119,11 @@ class Engine:
         Raises FolderUnusable, StorageCorrupt, StorageFull.
         """
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                what = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror
+                raise FolderUnusable(f"cannot make the folder {folder}: {what}") from error
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise FolderUnusable(f"{folder} is not writable")
             wal_files.check(folder)
@@ -137,8 +141,6 @@ class Engine:
                 self.db.close()
                 raise
         except Exception as error:
-            if isinstance(error, FileExistsError):
-                raise FolderUnusable(f"{folder} is not a folder") from error
             raise as_storage_error(error, f"cannot open {folder}", opening=True) from error
         self.cache = cache
 

@@ -22,6 +22,19 @@ IDLE_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 3.0
 
 
+class Traffic:
+    """What a transport counts over all its links."""
+
+    __slots__ = ("bytes_received", "bytes_sent", "frames_sent", "writes")
+
+    def __init__(self) -> None:
+        self.frames_sent = 0
+        self.writes = 0
+        """Writes to sockets: one carries all frames of a loop turn."""
+        self.bytes_sent = 0
+        self.bytes_received = 0
+
+
 class Link(abc.ABC):
     """One connection to a peer."""
 
@@ -70,6 +83,9 @@ class Listener(abc.ABC):
 
 class Transport(abc.ABC):
     """Makes links. Addresses are `host:port`, `[ipv6]:port` or `unix:/path`."""
+
+    traffic: Traffic | None = None
+    """None where the transport does not count."""
 
     @abc.abstractmethod
     async def listen(self, address: str, handler: LinkHandler) -> Listener:

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeAlias, cast
 from urllib.parse import unquote
 
+# Off is what Python's gRPC defaults to; said so, its core does not warn whenever this process starts another.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 import grpc
-import structlog
 from grpc import aio
 
 from agi.core.dht.errors import ConnectFailed, DHTError, LinkClosed, Overloaded, TransportError
@@ -76,7 +80,7 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 """For every server of a node."""
 
-_log = structlog.get_logger("agi.core.dht.transport")
+_log = logging.getLogger("agi.core.dht.transport")
 _PING = encode(Ping())
 _PONG = encode(Pong())
 Context: TypeAlias = "aio.ServicerContext[Frame, Frame]"
@@ -169,7 +173,7 @@ class GrpcTransport(Transport):
         def done(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
             if not task.cancelled() and (error := task.exception()) is not None:
-                _log.error("link_task_failed", exc_info=error)
+                _log.error("a task of the transport failed", exc_info=error)
 
         async def run() -> None:
             await work
@@ -312,7 +316,7 @@ class _TunnelLink(Link):
         try:
             self._handler.link_closed(self, self.error)
         except Exception:  # noqa: BLE001  # whatever a handler raises stays with its link
-            _log.exception("link_handler_failed", peer=self.peer)
+            _log.exception("the handler of the link to %s failed", self.peer)
 
     async def run(self, incoming: AsyncIterator[Frame], no_more: Callable[[], Awaitable[None]]) -> None:
         """Carries messages until the link has ended. `no_more` ends this side's stream, after the last piece."""
@@ -332,7 +336,7 @@ class _TunnelLink(Link):
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("link_task_failed", peer=self.peer, exc_info=error)
+            _log.error("a task of the link to %s failed", self.peer, exc_info=error)
             self.end(TransportError(f"the link to {self.peer} failed: {type(error).__name__}"))
 
     def _look_for_silence(self) -> None:
@@ -377,7 +381,7 @@ class _TunnelLink(Link):
             try:
                 self._handler.message(self, message)
             except Exception as error:  # noqa: BLE001  # whatever a handler raises ends its link alone
-                _log.exception("link_handler_failed", peer=self.peer)
+                _log.exception("the handler of the link to %s failed", self.peer)
                 self.close(LinkClosed(f"a message could not be handled: {type(error).__name__}"))
 
     async def _write_all(self, no_more: Callable[[], Awaitable[None]]) -> None:

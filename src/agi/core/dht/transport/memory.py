@@ -19,12 +19,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import heapq
+import logging
 import math
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
-
-import structlog
 
 from agi.core.dht.errors import ConnectFailed, DHTError, LinkClosed, Overloaded
 from agi.core.dht.protocol.messages import Message, Ping, Pong
@@ -41,7 +40,7 @@ from agi.core.dht.transport.base import (
 from agi.core.dht.transport.codec import FrameReader, encode
 from agi.core.dht.types import format_address, parse_address
 
-_log = structlog.get_logger("agi.core.dht.transport")
+_log = logging.getLogger("agi.core.dht.transport")
 _PING = encode(Ping())
 _PONG = encode(Pong())
 _FIRST_PORT = 40_000
@@ -319,7 +318,7 @@ class _MemoryLink(Link):
         try:
             self._handler.link_closed(self, error)
         except Exception:  # noqa: BLE001  # whatever a handler raises stays with its link
-            _log.exception("link_handler_failed", peer=self.peer)
+            _log.exception("the handler of the link to %s failed", self.peer)
 
     def _launch(self, frame: bytes) -> None:
         network = self._network
@@ -362,7 +361,7 @@ class _MemoryLink(Link):
             try:
                 self._handler.message(self, message)
             except Exception as error:  # noqa: BLE001  # whatever a handler raises ends its link alone
-                _log.exception("link_handler_failed", peer=self.peer)
+                _log.exception("the handler of the link to %s failed", self.peer)
                 self.close(LinkClosed(f"a message could not be handled: {type(error).__name__}"))
 
     def _tick(self) -> None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import ssl
 from pathlib import Path
 from typing import cast
-
-import structlog
 
 from agi.core.dht.errors import (
     ConnectFailed,
@@ -33,12 +32,13 @@ from agi.core.dht.transport.base import (
     Link,
     LinkHandler,
     Listener,
+    Traffic,
     Transport,
 )
 from agi.core.dht.transport.codec import FrameReader, encode
 from agi.core.dht.types import format_address, parse_address
 
-_log = structlog.get_logger("agi.core.dht.transport")
+_log = logging.getLogger("agi.core.dht.transport")
 LINGER_S = 1.0
 """How long a closed link waits for the other side's end before it is cut."""
 _PING = encode(Ping())
@@ -69,6 +69,7 @@ class NativeTransport(Transport):
         self._ping_interval_s = ping_interval_s
         self._idle_timeout_s = idle_timeout_s
         self._reuse_port = reuse_port
+        self.traffic: Traffic = Traffic()
         self._links: set[_NativeLink] = set()
         self._dirty: list[_NativeLink] = []
         self._reading = False
@@ -182,6 +183,7 @@ class _NativeLink(Link, asyncio.Protocol):
         self.loop = asyncio.get_running_loop()
         self.heard_at = self.loop.time()
         self._owner = owner
+        self._traffic = owner.traffic
         self._handler = handler
         self._reader = FrameReader()
         self._out: list[bytes] = []
@@ -205,6 +207,7 @@ class _NativeLink(Link, asyncio.Protocol):
             return  # we have ended; this side only waits for the other's end
         owner = self._owner
         self.heard_at = self.loop.time()
+        self._traffic.bytes_received += len(data)
         owner._reading = True
         try:
             for message in self._reader.feed(data):
@@ -218,7 +221,7 @@ class _NativeLink(Link, asyncio.Protocol):
         except (ProtocolMismatch, FrameTooLarge) as error:
             self.close(error)
         except Exception as error:  # noqa: BLE001  # whatever a handler raises ends its link, not the process
-            _log.exception("link_handler_failed", peer=self.peer)
+            _log.exception("the handler of the link to %s failed", self.peer)
             self.close(LinkClosed(f"a message could not be handled: {type(error).__name__}"))
         finally:
             owner._reading = False
@@ -260,7 +263,12 @@ class _NativeLink(Link, asyncio.Protocol):
     def flush(self) -> None:
         if self._paused or not self._out or self._socket is None:
             return
-        out, self._out, self._out_bytes = self._out, [], 0
+        out, self._out = self._out, []
+        traffic = self._traffic
+        traffic.writes += 1
+        traffic.frames_sent += len(out)
+        traffic.bytes_sent += self._out_bytes
+        self._out_bytes = 0
         self._socket.write(out[0] if len(out) == 1 else b"".join(out))
 
     def close(self, error: DHTError | None = None) -> None:

@@ -1,0 +1,134 @@
+"""A node's counters as Prometheus samples, made when they are asked for: the hot path only adds to integers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+
+from prometheus_client import ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.utils import floatToGoString
+
+from agi.core.dht.node import Node
+from agi.core.dht.observability.metrics import Histogram
+from agi.core.dht.storage.base import StoreStats
+from agi.core.dht.types import PROTOCOL_VERSION
+
+_PROCESS = ProcessCollector(registry=None)
+
+
+class NodeSamples:
+    """A collector of one moment. `store` is None where the store did not answer."""
+
+    def __init__(self, node: Node, store: StoreStats | None) -> None:
+        self._node = node
+        self._store = store
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._requests()
+        yield from self._replica()
+        yield from self._wires()
+        yield from self._cluster()
+        if self._store is not None:
+            yield from self._storage(self._store)
+        yield _gauge("dht_store_up", "Whether the store answered this scrape.", float(self._store is not None))
+        yield from _PROCESS.collect()
+
+    def _requests(self) -> Iterator[Metric]:
+        metrics = self._node.metrics
+        counts = {"get": metrics.gets, "put": metrics.puts, "delete": metrics.deletes, "scan": metrics.scans}
+        yield _counters("dht_operations", "Keys (scans: pages) that this node coordinated.", "operation", counts)
+        yield _counters("dht_failures", "Keys that failed, by error.", "error", metrics.failures)
+        yield _histograms(
+            "dht_operation_duration_seconds",
+            "Time from a request's arrival at its coordinator to its answer; each key counts.",
+            "operation",
+            {
+                "get": metrics.get_latency,
+                "put": metrics.put_latency,
+                "delete": metrics.delete_latency,
+                "scan": metrics.scan_latency,
+            },
+        )
+        yield _counter("dht_hedged_reads", "Reads that asked a further replica because one was late.", metrics.hedges)
+        yield _counter("dht_read_repairs", "Records that reads brought to replicas.", metrics.read_repairs)
+        yield _counter("dht_restamps", "Writes stamped anew above a newer version.", metrics.restamps)
+        yield _counter(
+            "dht_retries_deduplicated", "Repeated writes that were answered from memory.", metrics.retries_deduplicated
+        )
+        coordinator = self._node.coordinator
+        pending = coordinator.pending if coordinator is not None else 0
+        yield _gauge("dht_requests_pending", "Parts of requests that wait for replicas.", pending)
+
+    def _replica(self) -> Iterator[Metric]:
+        metrics = self._node.metrics
+        yield _counters(
+            "dht_replica_operations",
+            "Keys read and written at this node as a replica.",
+            "operation",
+            {"read": metrics.replica_reads, "write": metrics.replica_writes},
+        )
+        yield _counter("dht_replica_errors", "Failed requests to replicas.", metrics.replica_errors)
+        yield _counter("dht_replica_superseded", "Writes refused for a newer version.", metrics.replica_superseded)
+        yield _counter("dht_expired_shrunk", "Expired records shrunk to tombstones.", metrics.expired_shrunk)
+        yield _histograms("dht_group_commit_records", "Records of one group commit.", "", {"": metrics.group_commits})
+        yield _histograms("dht_sync_duration_seconds", "Time of one sync of the log.", "", {"": metrics.sync_latency})
+
+    def _wires(self) -> Iterator[Metric]:
+        yield _counter(
+            "dht_frames_received", "Messages that arrived, on all wires.", self._node.metrics.frames_received
+        )
+        traffic = self._node.traffic
+        if traffic is not None:
+            yield _counter("dht_data_frames_sent", "Messages sent on the native wire.", traffic.frames_sent)
+            yield _counter("dht_data_writes", "System calls that sent them.", traffic.writes)
+            sizes = {"sent": traffic.bytes_sent, "received": traffic.bytes_received}
+            yield _counters("dht_data_bytes", "Bytes on the native wire.", "direction", sizes)
+
+    def _cluster(self) -> Iterator[Metric]:
+        node = self._node
+        yield _gauge("dht_ready", "Whether the node serves requests.", float(not node.waiting_for))
+        yield _gauge("dht_topology_epoch", "The topology's epoch; 0 before there is one.", node.epoch)
+        peers = GaugeMetricFamily("dht_peer_connected", "Whether the links to a peer are up.", labels=["peer"])
+        for name in node.peers.all:
+            peers.add_metric([name], float(name in node.peers.connected))
+        yield peers
+        yield _gauge("dht_links", "Accepted links.", node.links)
+        info = GaugeMetricFamily("dht_node_info", "Always 1.", labels=["node_id", "storage", "protocol"])
+        info.add_metric([node.node_id, node.store.name, str(PROTOCOL_VERSION)], 1)
+        yield info
+
+    def _storage(self, store: StoreStats) -> Iterator[Metric]:
+        keys = GaugeMetricFamily("dht_keys", "Records held, tombstones included.", labels=["exact"])
+        keys.add_metric([str(store.exact).lower()], store.records)
+        yield keys
+        yield _gauge("dht_store_bytes", "What the records take, on disk or in memory.", store.bytes)
+        engine = GaugeMetricFamily("dht_store_engine", "The storage engine's own figures.", labels=["name"])
+        for name, value in store.engine.items():
+            engine.add_metric([name], value)
+        yield engine
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(name, text, value=value)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def _counters(name: str, text: str, label: str, values: dict[str, int]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family
+
+
+def _histograms(name: str, text: str, label: str, values: dict[str, Histogram]) -> Metric:
+    family = HistogramMetricFamily(name, text, labels=[label] if label else [])
+    for key, histogram in values.items():
+        bounds: Iterable[str] = [*map(floatToGoString, histogram.bounds), "+Inf"]
+        buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
+        family.add_metric([key] if label else [], buckets, histogram.sum)
+    return family

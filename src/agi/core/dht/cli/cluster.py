@@ -1,0 +1,210 @@
+"""The cluster as a whole: status, ring, locate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from agi.core.dht.cli import output
+from agi.core.dht.cli.connection import (
+    DEFAULT_CONNECT,
+    FIND_TIMEOUT_S,
+    AsJson,
+    Connect,
+    Timeout,
+    addresses,
+    connected,
+)
+from agi.core.dht.errors import DHTError, InvalidRequest, NotReady
+from agi.core.dht.ring import Ring
+from agi.core.dht.types import Node, encode_key, parse_address
+
+TIMEOUT_S_MAX = 600.0
+
+
+def status(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json: AsJson = False) -> None:
+    """Show the state of every node.
+
+    Asks each node itself, so it works while nodes are down, and before the cluster has formed. Exit code 0: all nodes
+    are ready; 13: some are not, or do not answer; 23: nobody answers. A number of keys after ~ is an estimate;
+    tombstones count.
+
+    --json prints {"ready", "cluster", "epoch", "nodes": [{"node_id", "address", "reachable", "error", and if reachable
+    "ready", "waiting_for", "storage", "keys", "keys_exact", "bytes", "epoch", "boot", "peers": {node id: {"connected",
+    "error"}}}]}.
+
+    Examples:
+
+        agi-dht status
+
+        agi-dht status --connect node1:7000,node2:7000 --json
+    """
+    if timeout is not None and not 0 < timeout <= TIMEOUT_S_MAX:
+        raise InvalidRequest(f"a timeout is above 0 and at most {TIMEOUT_S_MAX:g} seconds, not {timeout!r}")
+    from agi.core.dht.cli.asking import survey
+
+    found = survey(addresses(connect), FIND_TIMEOUT_S if timeout is None else timeout)
+    topology = found.topology or {}
+    where = {member["node_id"]: member["address"] for member in topology.get("members", ())}
+    nodes = []
+    for name, state in sorted(found.states.items()):
+        shown: dict[str, Any] = {"node_id": name, "address": where.get(name, ""), "reachable": True, "error": None}
+        if isinstance(state, DHTError):
+            nodes.append({**shown, "reachable": False, "error": str(state)})
+        else:
+            nodes.append({**shown, **state})
+    for address, error in found.silent.items():
+        if found.topology is None:
+            nodes.append({"node_id": "", "address": address, "reachable": False, "error": str(error)})
+        else:
+            output.note(f"nobody answers at {address}: {error}")
+    ready = found.topology is not None and all(node.get("ready", False) for node in nodes)
+    if as_json:
+        summary = {"ready": ready, "cluster": topology.get("cluster"), "epoch": topology.get("epoch", 0)}
+        output.document({**summary, "nodes": nodes})
+    else:
+        columns = ("node", "address", "state", "storage", "keys", "bytes", "epoch", "boot", "peers")
+        output.table(columns, [_status_row(node) for node in nodes])
+        for node in nodes:
+            for trouble in _troubles(node):
+                output.line(output.printable(trouble, keep_backslash=True))
+    if not ready:
+        raise typer.Exit(NotReady.exit_code)
+
+
+def _status_row(node: dict[str, Any]) -> tuple[str, ...]:
+    name = node["node_id"] or "?"
+    if not node["reachable"]:
+        return name, node["address"], "unreachable", "", "", "", "", "", ""
+    peers = node["peers"]
+    return (
+        name,
+        node["address"],
+        "ready" if node["ready"] else "waiting",
+        node["storage"],
+        f"{'' if node['keys_exact'] else '~'}{node['keys']}",
+        output.size_text(node["bytes"]),
+        str(node["epoch"]),
+        str(node["boot"]),
+        f"{sum(peer['connected'] for peer in peers.values())}/{len(peers)}",
+    )
+
+
+def _troubles(node: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with a node, as it or its absence tells."""
+    name = node["node_id"] or node["address"]
+    if not node["reachable"]:
+        yield f"{name}: {node['error']}"
+        return
+    if not node["ready"]:
+        yield f"{name} waits: {node['waiting_for']}"
+    for peer, link in sorted(node["peers"].items()):
+        if not link["connected"]:
+            yield f"{name} to {peer}: {link['error']}"
+
+
+def ring(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json: AsJson = False) -> None:
+    """Show each node's share of the keys.
+
+    `primary` is the part of the ring of which a node comes first, `with replicas` the part of which it holds a replica;
+    both are computed, and right for many keys.
+
+    --json prints {"cluster", "epoch", "factor", "replicas", "hash_algorithm", "nodes": [{"node_id", "address", "state",
+    "reachable", "primary_share", "replica_share", "virtual_nodes", "weight", "rack", "zone"}]}; shares are from 0 to 1.
+
+    Examples:
+
+        agi-dht ring
+
+        agi-dht ring --json
+    """
+    with connected(connect, timeout) as client:
+        topology = client.topology()
+    nodes = _members(topology)
+    built = Ring(nodes, topology["hash_algorithm"], topology["factor"])
+    replicas = min(topology["factor"], len(nodes))
+    primary, held = built.ownership(1), built.ownership(replicas)
+    rows = []
+    for node, member in zip(nodes, topology["members"], strict=True):
+        rows.append(
+            {
+                "node_id": node.node_id,
+                "address": member["address"],
+                "state": member["state"],
+                "reachable": member["reachable"],
+                "primary_share": primary[node.node_id],
+                "replica_share": held[node.node_id],
+                "virtual_nodes": Ring([node], topology["hash_algorithm"], 1).vnode_count,
+                "weight": node.weight,
+                "rack": member["rack"],
+                "zone": member["zone"],
+            }
+        )
+    if as_json:
+        shown = {name: topology[name] for name in ("cluster", "epoch", "factor")}
+        output.document({**shown, "replicas": replicas, "hash_algorithm": topology["hash_algorithm"], "nodes": rows})
+        return
+    columns = ("node", "address", "state", "primary", "with replicas", "vnodes", "weight", "rack", "zone")
+    output.table(
+        columns,
+        [
+            (
+                row["node_id"],
+                row["address"],
+                row["state"] if row["reachable"] else f"{row['state']}, unreachable",
+                f"{row['primary_share']:.1%}",
+                f"{row['replica_share']:.1%}",
+                str(row["virtual_nodes"]),
+                f"{row['weight']:g}",
+                row["rack"] or "-",
+                row["zone"] or "-",
+            )
+            for row in rows
+        ],
+    )
+
+
+def _members(topology: dict[str, Any]) -> list[Node]:
+    nodes = []
+    for member in topology["members"]:
+        host, port = parse_address(member["address"])
+        labels = {label: member[label] for label in ("rack", "zone") if member[label]}
+        nodes.append(Node(member["node_id"], host, port, member["weight"], topology["virtual_nodes"], labels))
+    return nodes
+
+
+def locate(
+    key: Annotated[str, typer.Argument(metavar="KEY", show_default=False)],
+    connect: Connect = DEFAULT_CONNECT,
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show where a key lies and what each replica holds.
+
+    A replica's state is live, absent, tombstone (deleted), expired or unreachable. Replicas may differ for a while; a
+    read at QUORUM settles it. The size is that of the whole record, 40 bytes more than the value's.
+
+    --json prints {"key", "token", "replicas": [{"node_id", "state", and what it holds: "version", "bytes",
+    "expires_at", or "error"}]}, in the order of preference.
+
+    Example:
+
+        agi-dht locate agent:42
+    """
+    encode_key(key)
+    with connected(connect, timeout) as client:
+        located = client.locate(key)
+    replicas = [{"node_id": name, **held} for name, held in located["replicas"].items()]
+    if as_json:
+        output.document({"key": key, "token": located["token"], "replicas": replicas})
+        return
+    output.line(f"token {located['token']}")
+    rows = []
+    for held in replicas:
+        size = f"{held['bytes']} B" if "bytes" in held else ""
+        expires = output.time_text(held["expires_at"]) if "expires_at" in held else ""
+        state = f"{held['state']}: {held['error']}" if "error" in held else held["state"]
+        rows.append((held["node_id"], state, str(held.get("version", "")), size, expires))
+    output.table(("replica", "state", "version", "record", "expires"), rows)

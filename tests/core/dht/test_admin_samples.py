@@ -1,0 +1,72 @@
+"""What `/metrics` tells of a cluster that has done known things."""
+
+from __future__ import annotations
+
+import asyncio
+
+from cluster import Cluster
+from prometheus_client.exposition import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from agi.core.dht.admin.samples import NodeSamples
+from agi.core.dht.node import Node
+
+
+async def _scrape(node: Node) -> dict[tuple[str, str], float]:
+    """(sample name, its label values) -> value, read back by the reference parser."""
+    text = generate_latest(NodeSamples(node, await node.store.stats())).decode()
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    found = {(s.name, ",".join(value for key, value in sorted(s.labels.items()))): s.value for s in samples}
+    assert len(found) == len(samples), "every sample has its own labels"
+    return found
+
+
+async def test_operations_are_counted_once_each_where_they_were_coordinated() -> None:
+    async with Cluster(3, loopback=True) as cluster:
+        client = await cluster.client()
+        await client.put_many({f"k{i}": b"v" for i in range(10)})
+        await asyncio.gather(*(client.get(f"k{i}", consistency="ALL") for i in range(7)))
+        await client.delete("k0")
+        await client.scan("k")
+        scrapes = [await _scrape(node) for node in cluster.living()]
+
+    def total(name: str, label: str = "") -> float:
+        return sum(scrape[name, label] for scrape in scrapes)
+
+    assert total("dht_operations_total", "put") == 10
+    assert total("dht_operations_total", "get") == 7
+    assert total("dht_operations_total", "delete") == 1
+    assert total("dht_operations_total", "scan") == 1
+    assert total("dht_operation_duration_seconds_count", "put") == 10
+    assert total("dht_operation_duration_seconds_bucket", "+Inf,put") == 10
+    assert total("dht_replica_operations_total", "write") == 3 * (10 + 1)
+    assert total("dht_keys", "true") == 3 * 10
+    assert total("dht_data_bytes_total", "sent") > 0 and total("dht_data_bytes_total", "received") > 0
+    assert total("dht_data_frames_sent_total") >= total("dht_data_writes_total") > 0
+    assert total("dht_frames_received_total") > 0
+    assert [scrape["dht_peer_connected", peer] for scrape, peer in zip(scrapes, ("n1", "n2", "n0"), strict=True)] == [
+        1
+    ] * 3
+    assert all(scrape["dht_ready", ""] == 1 and scrape["dht_topology_epoch", ""] == 1 for scrape in scrapes)
+    assert all(scrape["process_resident_memory_bytes", ""] > 1 << 20 for scrape in scrapes)
+
+
+async def test_failures_and_lost_peers_show() -> None:
+    async with Cluster(3) as cluster:
+        client = await cluster.client(0, timeout=0.3, retry_count=0)
+        await cluster.down(1)
+        await cluster.down(2)
+        try:
+            await client.get("k")
+        except Exception as error:  # noqa: BLE001  # which one is for other tests
+            name = type(error).__name__
+        scrape = await _scrape(cluster.node(0))
+    assert scrape["dht_failures_total", name] == 1
+    assert scrape["dht_peer_connected", "n1"] == scrape["dht_peer_connected", "n2"] == 0
+    assert scrape["dht_ready", ""] == 0
+
+
+async def test_a_store_that_does_not_answer_is_told() -> None:
+    async with Cluster(1, factor=1) as cluster:
+        text = generate_latest(NodeSamples(cluster.node(0), None)).decode()
+    assert "\ndht_store_up 0.0\n" in text and "dht_keys" not in text
