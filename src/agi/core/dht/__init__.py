@@ -12,18 +12,21 @@ is a `DHTError` (errors.py draws the tree).
 
 Module map, from what users see down to what everything stands on; imports only point down:
 
-    cli, admin          command line; HTTP admin
+    cli                 command line
     testing             simulated clock, network, disk and hosts, for tests of this package and of its users
+    bench, local        load and its measure; clusters of processes on this machine
     server              the process of one node
     client              asyncio client, client for threads, mapping view
+    service, admin      the gRPC calls (service_messages, service_health); the HTTP pages
+    commands            how a command ends
     node                wires one node together
-    queries             answers to operators: topology, status, stats, locate
+    queries, hello      answers to operators: topology, status, stats, locate; whom a node lets in
     coordinator, scan   requests of clients: reads, writes, requests; ordered scans
     calls, peers        links to the other nodes
     replica             this node's copy of its keys
     bootstrap, identity how a cluster forms; what a data folder knows
     storage, transport  memory, RocksDB, Redis; native frames, gRPC, memory
-    observability       counters
+    observability       counters, logs
     config, clock       settings; injected time
     protocol            pure state machines: quorums, group commit, versions, first topology, messages
     topology, ring      who owns what; consistent hashing

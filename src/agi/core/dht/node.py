@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -21,8 +21,6 @@ from agi.core.dht.clock import Clock
 from agi.core.dht.config import Config
 from agi.core.dht.coordinator import Coordinator
 from agi.core.dht.errors import (
-    ClonedNode,
-    ClusterError,
     DHTError,
     FrameTooLarge,
     HelloRefused,
@@ -34,6 +32,7 @@ from agi.core.dht.errors import (
     UnknownDisk,
     from_wire,
 )
+from agi.core.dht.hello import KnownBoots, check_hello, own_hello
 from agi.core.dht.identity import Identity, Ledger
 from agi.core.dht.observability.logs import Throttle
 from agi.core.dht.observability.metrics import Metrics
@@ -71,7 +70,7 @@ from agi.core.dht.requests import TIMEOUT_MS_MAX
 from agi.core.dht.ring import Ring
 from agi.core.dht.scan import Scanner
 from agi.core.dht.storage.base import Page, StorageBackend
-from agi.core.dht.topology import Member, Topology, unpack
+from agi.core.dht.topology import Member, Topology
 from agi.core.dht.transport.base import Link, Listener, Traffic, Transport
 from agi.core.dht.transport.codec import encode
 from agi.core.dht.types import (
@@ -168,9 +167,7 @@ class Node:
         self._hlc = HLC()
         self._identity: Identity | None = None
         self._bootstrap: Bootstrapper | None = None
-        self._boots: dict[str, int] = {}
-        self._boots_stored: dict[str, int] = {}
-        self._runs: dict[tuple[str, int], str] = {}
+        self._boots = KnownBoots(self._ledger)
         self._sessions: dict[tuple[str, str], Session] = {}
         self._links = 0
         self._listeners: list[Listener] = []
@@ -219,8 +216,7 @@ class Node:
         await self.store.open()
         try:
             self._identity = await self._ledger.open(self.node_id, self.config, self._rng)
-            self._boots = await self._ledger.boots()
-            self._boots_stored = dict(self._boots)
+            await self._boots.load()
             topology = await self._ledger.topology()
             vote = await self._ledger.vote()
             if topology is not None:
@@ -246,7 +242,7 @@ class Node:
             self._own(self._bootstrap_task(vote), "bootstrap")
         self._own(self._tick(), "tick")
         self._own(self._sweep(), "sweep")
-        self._own(self._remember_boots(), "boots")
+        self._own(self._boots.keep(), "boots")
 
     def _check_own(self, topology: Topology) -> None:
         assert self._identity is not None
@@ -277,8 +273,8 @@ class Node:
     def _busy(self) -> bool:
         return (self.coordinator is not None and self.coordinator.pending > 0) or self.replica.unsynced
 
-    def _own(self, coroutine: object, name: str) -> None:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine, name=name)  # type: ignore[arg-type]
+    def _own(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._task_ended)
 
@@ -396,73 +392,12 @@ class Node:
 
     def hello(self) -> Hello:
         """What this node says of itself at this moment."""
-        config, identity = self.config, self.identity
         core = self._bootstrap.core if self._bootstrap is not None and self.topology is None else None
-        return Hello(
-            PROTOCOL_VERSION,
-            "node",
-            self.node_id,
-            cluster=config.cluster.name,
-            disk_id=identity.disk_id,
-            boot=identity.boot,
-            run_id=identity.run_id,
-            address=self.address,
-            data_address=self.data_address,
-            http_address=self.http_address,
-            unix_path=self.unix_path,
-            weight=config.node.weight,
-            rack=config.node.rack,
-            zone=config.node.zone,
-            factor=config.replication.factor,
-            virtual_nodes=config.ring.virtual_nodes,
-            hash_algorithm=config.ring.hash_algorithm,
-            peers=list(config.cluster.bootstrap_nodes),
-            topology=self.topology.packed if self.topology is not None else b"",
-            vote=core.vote.packed if core is not None and core.vote is not None else b"",
-            members_seen=core.members_seen if core is not None else [],
-            settled=core is not None and core.settled,
-            now_ms=self.replica.now_ms(),
-        )
+        return own_hello(self, core)
 
     def check_hello(self, theirs: Hello) -> None:
         """Judges another node. Raises a ClusterError that names the difference."""
-        ours = self.config.shared_settings()
-        differences = [
-            f"{name} is {getattr(theirs, name)!r} at {theirs.name} and {value!r} at {self.node_id}"
-            for name, value in ours.items()
-            if getattr(theirs, name) != value
-        ]
-        if differences:
-            raise HelloRefused(f"{theirs.name} and {self.node_id} do not fit: {'; '.join(differences)}")
-        if theirs.name == self.node_id:
-            if theirs.run_id != self.identity.run_id:
-                raise ClonedNode(f"another process runs as {self.node_id}")
-            return
-        self._check_boot(theirs)
-        topology = self.topology
-        if topology is None:
-            return
-        member = topology.by_id.get(theirs.name)
-        if member is not None and member.disk_id != theirs.disk_id:
-            raise UnknownDisk(
-                f"{theirs.name} came with a disk that the cluster does not know: its data is not what it was; "
-                "it has to be replaced"
-            )
-        if theirs.topology and unpack(theirs.topology).digest != topology.digest:
-            raise ClusterError(f"{theirs.name} belongs to another cluster or an other epoch than {self.node_id}")
-
-    def _check_boot(self, theirs: Hello) -> None:
-        disk = f"{theirs.name}/{theirs.disk_id}"
-        known = self._boots.get(disk, 0)
-        run = self._runs.setdefault((disk, theirs.boot), theirs.run_id)
-        if theirs.boot < known or run != theirs.run_id:
-            raise ClonedNode(
-                f"{theirs.name} starts from a restored or copied data folder: its boot counter is {theirs.boot}, "
-                f"{known} was seen before"
-            )
-        if theirs.boot > known:
-            self._boots[disk] = theirs.boot
-            self._runs = {key: run for key, run in self._runs.items() if key[0] != disk or key[1] >= theirs.boot}
+        check_hello(self, self._boots, theirs)
 
     # --- links of others
 
@@ -736,18 +671,6 @@ class Node:
                 await self.replica.sweep(step)
             except (DHTError, TimeoutError) as error:
                 _log.warning("sweep_failed", error=str(error))
-
-    async def _remember_boots(self) -> None:
-        while True:
-            await asyncio.sleep(1.0)
-            if self._boots != self._boots_stored:
-                boots = dict(self._boots)
-                try:
-                    await self._ledger.store_boots(boots)
-                except DHTError as error:
-                    _log.warning("boots_not_stored", error=str(error))
-                else:
-                    self._boots_stored = boots
 
 
 def cut(records: list[bytes | None]) -> list[bytes | None]:

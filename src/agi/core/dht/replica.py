@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from operator import gt
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import structlog
 
@@ -257,7 +257,8 @@ class Replica:
                 if self._refusals.pass_(self._clock.monotonic()):
                     _log.error("clock_skew_refused", ahead_s=ahead_s, max_clock_skew_ms=self._skew_ms)
                 raise ClockSkew(
-                    f"the version is {ahead_s:.1f} s ahead of this replica's clock; at most {self._skew_ms} ms are taken"  # noqa: E501
+                    f"the version is {ahead_s:.1f} s ahead of this replica's clock; "
+                    f"at most {self._skew_ms} ms are taken"
                 )
 
     # --- group commit
@@ -328,8 +329,8 @@ class Replica:
 
     # --- a store in another process
 
-    def _spawn(self, coroutine: object) -> None:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine)  # type: ignore[arg-type]
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 

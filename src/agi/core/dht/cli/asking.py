@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,11 +91,9 @@ async def _ask(address: str, what: str, timeout_s: float) -> dict[str, Any] | DH
         return Unavailable(f"{address} did not answer within {timeout_s:g} s")
     except DHTError as error:
         return error
-    try:
+    with contextlib.suppress(TimeoutError):  # it has answered; the loop's end takes the rest
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await asking.ended.wait()
-    except TimeoutError:
-        pass  # it has answered; the loop's end takes the rest
     if reply.error is not None:
         return from_wire(*reply.error)
     answer: dict[str, Any] = msgspec.msgpack.decode(reply.body)

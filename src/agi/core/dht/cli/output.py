@@ -36,7 +36,7 @@ def flush() -> None:
 
 
 def _give_up(error: OSError) -> Exception:
-    """What to raise. What is still buffered goes nowhere, else the interpreter complains of it at its exit."""
+    """What to raise. What is still buffered goes nowhere, so that the interpreter cannot trip over it at its exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, Self
 
-from agi.core.dht.client.batches import Batch, Futures, Gathered, Kind
+from agi.core.dht.client.batches import Batch, Gathered, Kind, OpenBatch
 from agi.core.dht.client.session import Session
 from agi.core.dht.clock import Clock, SystemClock
 from agi.core.dht.errors import BatchError, ClientClosed, DHTError, InvalidRequest
@@ -95,9 +95,9 @@ class DHTClient:
         self._clock = clock or SystemClock()
         self._rng = rng or random.Random(secrets.randbits(64))
         self._session: Session | None = None
-        self._gets: Batch | None = None
-        self._puts: Batch | None = None
-        self._others: dict[tuple[Kind, Consistency, int, float], Batch] = {}
+        self._gets: OpenBatch | None = None
+        self._puts: OpenBatch | None = None
+        self._others: dict[tuple[Kind, Consistency, int, float], OpenBatch] = {}
         self._flushing = False
         self._held: asyncio.TimerHandle | None = None
 
@@ -161,7 +161,7 @@ class DHTClient:
             batch = self._batch(Kind.GET, consistency, 0, timeout)
         batch.keys.append(raw)
         future = self._loop.create_future()
-        batch.sink.futures.append(future)  # type: ignore[attr-defined]  # open batches have Futures
+        batch.futures.append(future)
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
@@ -209,13 +209,13 @@ class DHTClient:
             batch = self._open(Kind.PUT, self._level(Kind.PUT, consistency), ttl_to_ms(ttl_seconds), timeout)
             batch.keys.append(raw)
             batch.values.append(value)
-            batch.sink.futures.append(future := self._loop.create_future())  # type: ignore[attr-defined]
+            batch.futures.append(future := self._loop.create_future())
             self._live().submit(batch)
             return int(await future)
         batch.keys.append(raw)
         batch.values.append(value)
         future = self._loop.create_future()
-        batch.sink.futures.append(future)  # type: ignore[attr-defined]
+        batch.futures.append(future)
         batch.bytes += len(raw) + len(value)
         if not self._flushing:
             self._flushing = True
@@ -434,12 +434,14 @@ class DHTClient:
             return self._read or session.read_consistency
         return self._write or session.write_consistency
 
-    def _open(self, kind: Kind, level: Consistency, ttl_ms: int, timeout: float | None) -> Batch:
+    def _open(self, kind: Kind, level: Consistency, ttl_ms: int, timeout: float | None) -> OpenBatch:
         self._live()
         timeout_s = self._timeout_s if timeout is None else _check_timeout(timeout)
-        return Batch(kind, level, self._clock.monotonic() + timeout_s, ttl_ms, Futures())
+        return OpenBatch(kind, level, self._clock.monotonic() + timeout_s, ttl_ms)
 
-    def _batch(self, kind: Kind, consistency: Consistency | str | None, ttl_ms: int, timeout: float | None) -> Batch:
+    def _batch(
+        self, kind: Kind, consistency: Consistency | str | None, ttl_ms: int, timeout: float | None
+    ) -> OpenBatch:
         """The open batch of this turn for calls of one kind, level, TTL and timeout."""
         level = self._level(kind, consistency)
         name = (kind, level, ttl_ms, -1.0 if timeout is None else timeout)
@@ -453,7 +455,7 @@ class DHTClient:
         batch = self._batch(kind, consistency, 0, timeout)
         batch.keys.append(raw)
         future = self._loop.create_future()
-        batch.sink.futures.append(future)  # type: ignore[attr-defined]
+        batch.futures.append(future)
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)

@@ -143,3 +143,14 @@ class Batch:
 
     def fail(self, error: DHTError) -> None:
         self.sink.fail(self.all_places(), error)
+
+
+class OpenBatch(Batch):
+    """A batch that still takes single calls; `futures` are those of its sink."""
+
+    __slots__ = ("futures",)
+
+    def __init__(self, kind: Kind, consistency: Consistency, deadline: float, ttl_ms: int) -> None:
+        sink = Futures()
+        Batch.__init__(self, kind, consistency, deadline, ttl_ms, sink)
+        self.futures = sink.futures

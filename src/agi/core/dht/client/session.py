@@ -483,22 +483,21 @@ class Session:
 
     def receive(self, remote: Remote | None, message: msgspec.Struct) -> None:
         """A reply of a node; None stands for an address that was asked before its node is known."""
-        kind = message.__class__
-        if kind is ReplicaReadReply:
+        if isinstance(message, ReplicaReadReply):
             assert remote is not None
-            self.direct.reply(remote, message)  # type: ignore[arg-type]  # mypy does not narrow by __class__
-        elif kind is GetReply:
-            self._settle(message.id, message.records, message.errors, message.error)  # type: ignore[attr-defined]
-        elif kind is PutReply:
-            self._settle(message.id, message.versions, message.errors, message.error)  # type: ignore[attr-defined]
-        elif kind is DeleteReply:
-            self._settle(message.id, message.existed, message.errors, message.error)  # type: ignore[attr-defined]
+            self.direct.reply(remote, message)
+        elif isinstance(message, GetReply):
+            self._settle(message.id, message.records, message.errors, message.error)
+        elif isinstance(message, PutReply):
+            self._settle(message.id, message.versions, message.errors, message.error)
+        elif isinstance(message, DeleteReply):
+            self._settle(message.id, message.existed, message.errors, message.error)
         elif isinstance(message, ScanReply | QueryReply):
             _, future = self._queries.get(message.id, ("", None))
             if future is not None and not future.done():
                 future.set_result(message)
         else:
-            raise ProtocolMismatch(f"{kind.__name__} is no reply")
+            raise ProtocolMismatch(f"{type(message).__name__} is no reply")
 
     def _settle(
         self, number: int, results: list[Any], errors: list[tuple[int, WireError]] | None, error: WireError | None

@@ -62,7 +62,7 @@ class SimCluster:
         for name in scenario.nodes:
             host = sim.host(name, skew_ms=scenario.skews_ms[name], rate=scenario.rates[name])
             self._new_disk(name)
-            host.on_end.append(lambda power_loss, name=name: self._ended(name, power_loss))  # type: ignore[misc]
+            host.on_end.append(lambda power_loss, name=name: self._ended(name, power_loss))  # type: ignore[misc]  # mypy and defaults of lambdas
             self.network.attach(host)
             settings = {
                 **scenario.settings,
@@ -215,7 +215,7 @@ class SimCluster:
             if kind is ReplicaWrite:
                 self._check_versions(message)  # type: ignore[arg-type]  # mypy does not narrow by __class__
             elif kind is Hello:
-                self._check_hello(src, message)  # type: ignore[arg-type]
+                self._check_hello(src, message)  # type: ignore[arg-type]  # as above
             return policy(src, dst, message)
 
         return watch

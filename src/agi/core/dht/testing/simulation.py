@@ -145,11 +145,11 @@ def _own_garbage() -> Iterator[None]:
 @contextmanager
 def _seeded_entropy(seed: int) -> Iterator[None]:
     source = random.Random(f"{seed}/entropy")
-    urandom, private, state = os.urandom, random._urandom, random.getstate()  # type: ignore[attr-defined]
+    urandom, private, state = os.urandom, random._urandom, random.getstate()  # type: ignore[attr-defined]  # as below
     os.urandom = random._urandom = source.randbytes  # type: ignore[attr-defined]  # `secrets` uses the latter
     random.seed(f"{seed}/module")
     try:
         yield
     finally:
-        os.urandom, random._urandom = urandom, private  # type: ignore[attr-defined]
+        os.urandom, random._urandom = urandom, private  # type: ignore[attr-defined]  # as above
         random.setstate(state)

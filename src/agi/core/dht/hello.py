@@ -1,0 +1,121 @@
+"""Who a node is to others, and whom it lets in: the judgement of the first message on each link (PROTOCOLS I1, I3)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import structlog
+
+from agi.core.dht.errors import ClonedNode, ClusterError, DHTError, HelloRefused, UnknownDisk
+from agi.core.dht.identity import Ledger
+from agi.core.dht.protocol.bootstrap import Bootstrap
+from agi.core.dht.protocol.messages import Hello
+from agi.core.dht.topology import unpack
+from agi.core.dht.types import PROTOCOL_VERSION
+
+if TYPE_CHECKING:
+    from agi.core.dht.node import Node
+
+_log = structlog.get_logger("agi.core.dht.node")
+
+STORE_INTERVAL_S = 1.0
+
+
+def own_hello(node: Node, forming: Bootstrap | None) -> Hello:
+    """What a node says of itself at this moment. `forming` is its part in an agreement that is not over."""
+    config, identity = node.config, node.identity
+    return Hello(
+        PROTOCOL_VERSION,
+        "node",
+        node.node_id,
+        cluster=config.cluster.name,
+        disk_id=identity.disk_id,
+        boot=identity.boot,
+        run_id=identity.run_id,
+        address=node.address,
+        data_address=node.data_address,
+        http_address=node.http_address,
+        unix_path=node.unix_path,
+        weight=config.node.weight,
+        rack=config.node.rack,
+        zone=config.node.zone,
+        factor=config.replication.factor,
+        virtual_nodes=config.ring.virtual_nodes,
+        hash_algorithm=config.ring.hash_algorithm,
+        peers=list(config.cluster.bootstrap_nodes),
+        topology=node.topology.packed if node.topology is not None else b"",
+        vote=forming.vote.packed if forming is not None and forming.vote is not None else b"",
+        members_seen=forming.members_seen if forming is not None else [],
+        settled=forming is not None and forming.settled,
+        now_ms=node.replica.now_ms(),
+    )
+
+
+def check_hello(node: Node, boots: KnownBoots, theirs: Hello) -> None:
+    """Judges another node. Raises a ClusterError that names the difference."""
+    ours = node.config.shared_settings()
+    differences = [
+        f"{name} is {getattr(theirs, name)!r} at {theirs.name} and {value!r} at {node.node_id}"
+        for name, value in ours.items()
+        if getattr(theirs, name) != value
+    ]
+    if differences:
+        raise HelloRefused(f"{theirs.name} and {node.node_id} do not fit: {'; '.join(differences)}")
+    if theirs.name == node.node_id:
+        if theirs.run_id != node.identity.run_id:
+            raise ClonedNode(f"another process runs as {node.node_id}")
+        return
+    boots.check(theirs)
+    topology = node.topology
+    if topology is None:
+        return
+    member = topology.by_id.get(theirs.name)
+    if member is not None and member.disk_id != theirs.disk_id:
+        raise UnknownDisk(
+            f"{theirs.name} came with a disk that the cluster does not know: its data is not what it was; "
+            "it has to be replaced"
+        )
+    if theirs.topology and unpack(theirs.topology).digest != topology.digest:
+        raise ClusterError(f"{theirs.name} belongs to another cluster or an other epoch than {node.node_id}")
+
+
+class KnownBoots:
+    """The highest boot counter seen of each disk: a lower one is a folder that was restored or copied (I3)."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._known: dict[str, int] = {}
+        self._stored: dict[str, int] = {}
+        self._runs: dict[tuple[str, int], str] = {}
+
+    async def load(self) -> None:
+        self._known = await self._ledger.boots()
+        self._stored = dict(self._known)
+
+    def check(self, theirs: Hello) -> None:
+        """Raises ClonedNode; else remembers what the node said."""
+        disk = f"{theirs.name}/{theirs.disk_id}"
+        known = self._known.get(disk, 0)
+        run = self._runs.setdefault((disk, theirs.boot), theirs.run_id)
+        if theirs.boot < known or run != theirs.run_id:
+            raise ClonedNode(
+                f"{theirs.name} starts from a restored or copied data folder: its boot counter is {theirs.boot}, "
+                f"{known} was seen before"
+            )
+        if theirs.boot > known:
+            self._known[disk] = theirs.boot
+            self._runs = {key: run for key, run in self._runs.items() if key[0] != disk or key[1] >= theirs.boot}
+
+    async def keep(self) -> None:
+        """Stores what was learnt, for ever."""
+        while True:
+            await asyncio.sleep(STORE_INTERVAL_S)
+            if self._known != self._stored:
+                boots = dict(self._known)
+                try:
+                    await self._ledger.store_boots(boots)
+                except DHTError as error:
+                    _log.warning("boots_not_stored", error=str(error))
+                else:
+                    self._stored = boots
