@@ -140,7 +140,7 @@ def test_nobody_forms_before_the_last_one_has_come() -> None:
     world.down = {"c"}
     said = world.rounds(20)
     assert world.formed() == {} and all(server.disk.vote is None for server in world.servers.values())
-    assert said["a"] == "waiting for 1 of 3 configured peers (c:7000: refused)"
+    assert said["a"] == "waiting for 1 of 2 configured peers (c:7000: refused)"
     world.down = {"b"}  # and a majority of others is no better
     world.rounds(20)
     assert world.formed() == {}

@@ -159,6 +159,22 @@ async def test_keys_alone_are_sent_where_only_keys_are_asked_for() -> None:
         assert reply.keys == [b"a", b"b"] and reply.records == [b"", b""]
 
 
+async def test_iterators_of_keys_and_of_entries_page_as_that_of_pairs_does() -> None:
+    async with Cluster(3) as cluster:
+        client = await cluster.client()
+        versions = await client.put_many({f"k{i:02}": b"%d" % i for i in range(50)})
+        await client.put("k50", b"50", ttl_seconds=1000)
+        for page_size in (1, 7, 1000):
+            pairs = [pair async for pair in client.iterate("k", page_size=page_size, start="k10", end="k60")]
+            keys = [key async for key in client.iterate_keys("k", page_size=page_size, start="k10", end="k60")]
+            entries = [e async for e in client.iterate_entries("k", page_size=page_size, start="k10", end="k60")]
+            assert keys == [key for key, _ in pairs] == [f"k{i}" for i in range(10, 51)]
+            assert [(entry.key, entry.value) for entry in entries] == pairs
+            assert {entry.key: entry.version for entry in entries[:-1]} == {key: versions[key] for key in keys[:-1]}
+            assert entries == [await client.get_entry(key) for key in keys]
+            assert entries[-1].expires_at is not None and entries[0].expires_at is None
+
+
 async def test_scans_under_way_are_bounded() -> None:
     async with Cluster(3) as cluster:
         release = cluster.rule(lambda src, dst, m: LOST if isinstance(m, ReplicaScan) else None)

@@ -39,7 +39,7 @@ class Reads:
     def __init__(self, requests: Requests, hedge_budget: float) -> None:
         self._requests = requests
         self._budget = hedge_budget
-        self._credit = 1.0
+        self._credit = 1.0 if hedge_budget else 0.0
         self._hedges: deque[tuple[float, ReadGroup]] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
