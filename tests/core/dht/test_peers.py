@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 from cluster import Cluster, until
 
+from agi.core.dht import peers
 from agi.core.dht.errors import ClonedNode, ClusterError, ProtocolMismatch, UnknownDisk
 from agi.core.dht.protocol.messages import Hello, Message, Put, ReplicaWrite, ReplicaWriteReply
 from agi.core.dht.topology import Topology
@@ -55,6 +56,15 @@ async def test_two_of_three_lost_is_told_by_readiness() -> None:
         assert "n1, n2 missing" in cluster.node(0).waiting_for
         await cluster.up(1)
         assert cluster.node(0).waiting_for == ""
+
+
+async def test_a_peer_that_starts_again_is_not_left_to_the_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Cluster(3) as cluster:
+        monkeypatch.setattr(peers, "BACKOFF_FIRST_S", 3600.0)
+        monkeypatch.setattr(peers, "BACKOFF_MAX_S", 3600.0)
+        await cluster.down(1)
+        await until(lambda: all("cannot" in node.peers.all["n1"].last_error for node in cluster.living()))
+        await cluster.up(1)  # waits until all are connected
 
 
 async def test_strangers_in_known_clothes_are_refused() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
-from cluster import LOST, Cluster, until
+from cluster import LOST, WAIT_S, Cluster, until
 
 from agi.core.dht.errors import Overloaded, Unavailable, from_wire
-from agi.core.dht.protocol.messages import ReplicaScan, ReplicaWrite, Scan, ScanReply
+from agi.core.dht.protocol.messages import Message, ReplicaScan, ReplicaWrite, Scan, ScanReply
 from agi.core.dht.protocol.record import TOMBSTONE
 from agi.core.dht.scan import SCANS_MAX
 from agi.core.dht.types import Consistency
@@ -213,3 +214,26 @@ async def test_a_key_that_exists_throughout_is_returned_exactly_once_among_write
             assert seen == sorted(set(seen)) and set(steady) <= set(seen)
         stop = True
         await churning
+
+
+async def test_a_stopping_node_ends_the_scans_that_it_had_begun() -> None:
+    async with Cluster(3) as cluster:
+        client = await cluster.client()
+        await client.put("k", b"v")
+        held: list[ReplicaScan] = []
+
+        def hold(src: str, dst: str, message: Message) -> Sequence[float] | None:
+            if isinstance(message, ReplicaScan):
+                held.append(message)
+                return (0.2,)
+            return None
+
+        cluster.rule(hold)
+        wire = await cluster.wire(0)
+        wire.link.send(Scan(1, Consistency.QUORUM, 5000, b"", b"", 10))
+        await until(lambda: held)
+        stopping = asyncio.create_task(cluster.node(0).stop(drain_s=WAIT_S))
+        cluster.nodes[0] = None  # the cluster need not stop it again
+        await stopping
+        (reply,) = [message for message in wire.heard if isinstance(message, ScanReply)]
+        assert reply.error is None and reply.keys == [b"k"]

@@ -138,23 +138,12 @@ class LocalCluster:
         return node
 
     async def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
-        """Until every running node says that it is ready. Raises NotReady with what they wait for."""
+        """Until every running node is ready and connected to all that run. Raises NotReady with what is missing."""
         deadline = asyncio.get_running_loop().time() + timeout_s
-        running = {f"n{i}" for i, node in enumerate(self.nodes) if node is not None and node.alive}
+        running = [i for i, node in enumerate(self.nodes) if node is not None and node.alive]
         async with DHTClient(unix=False, timeout=5.0) as client:
-            await client.connect(
-                [address for address, node in zip(self.addresses, self.nodes, strict=True) if node and node.alive],
-                timeout=timeout_s,
-            )
-            while True:
-                status = await client.status()
-                waiting = {
-                    name: status.get(name, {}).get("waiting_for") or status.get(name, {}).get("error")
-                    for name in running
-                    if not status.get(name, {}).get("ready")
-                }
-                if not waiting:
-                    return
+            await client.connect([self.addresses[i] for i in running], timeout=timeout_s)
+            while waiting := _missing(await client.status(), [f"n{i}" for i in running]):
                 if asyncio.get_running_loop().time() > deadline:
                     raise NotReady(f"not all nodes became ready: {waiting}")
                 await asyncio.sleep(0.02)
@@ -179,6 +168,18 @@ class LocalCluster:
         text = self.log(i).read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace").strip()
         errors = [line for line in text.splitlines() if line.startswith("error: ")]
         return errors[-1].removeprefix("error: ") if errors else text
+
+
+def _missing(status: dict[str, dict[str, Any]], running: list[str]) -> dict[str, str]:
+    """What keeps the cluster from being whole, by node."""
+    missing = {}
+    for name in running:
+        said = status.get(name, {"error": "not known yet"})
+        if not said.get("ready"):
+            missing[name] = str(said.get("waiting_for") or said.get("error"))
+        elif apart := [peer for peer, link in said["peers"].items() if peer in running and not link["connected"]]:
+            missing[name] = f"not connected to {', '.join(apart)}"
+    return missing
 
 
 def _socket_path(path: Path) -> str:

@@ -27,10 +27,8 @@ from agi.core.dht.errors import (
     NotReady,
     Overloaded,
     ProtocolMismatch,
-    StaleEpoch,
     TransportError,
     UnknownDisk,
-    from_wire,
 )
 from agi.core.dht.hello import KnownBoots, check_hello, own_hello
 from agi.core.dht.identity import Identity, Ledger
@@ -66,18 +64,16 @@ from agi.core.dht.protocol.versioning import HLC, writer_id
 from agi.core.dht.queries import Queries
 from agi.core.dht.reads import TRUNCATED
 from agi.core.dht.replica import Replica
+from agi.core.dht.replica_requests import ReplicaRequests
 from agi.core.dht.requests import TIMEOUT_MS_MAX
 from agi.core.dht.ring import Ring
 from agi.core.dht.scan import Scanner
-from agi.core.dht.storage.base import Page, StorageBackend
+from agi.core.dht.sessions import Session, cut
+from agi.core.dht.storage.base import StorageBackend
 from agi.core.dht.topology import Member, Topology
 from agi.core.dht.transport.base import Link, Listener, Traffic, Transport
-from agi.core.dht.transport.codec import encode
 from agi.core.dht.types import (
-    BATCH_BYTES_MAX,
-    BULK_VALUE_BYTES,
     PROTOCOL_VERSION,
-    SCAN_LIMIT_MAX,
     format_address,
     parse_address,
 )
@@ -86,29 +82,9 @@ _log = structlog.get_logger("agi.core.dht.node")
 
 LINKS_MAX = 4096
 """Accepted links at one node; past it the longest waiting stranger is refused."""
-REPLICA_SCANS_MAX = 256
+SETTLE_S = 1.0
 QUERIES_MAX = 256
 """Questions under way at one node; past it callers get Overloaded."""
-
-
-class Session:
-    """The other side of an accepted link, after its Hello. Links of one peer share it: replies too large for the link
-    of the request leave on another."""
-
-    __slots__ = ("kind", "links", "member", "name")
-
-    def __init__(self, kind: str, name: str, member: bool) -> None:
-        self.kind = kind
-        self.name = name
-        self.member = member
-        self.links: list[Link] = []
-
-    def send(self, link: Link, message: Message) -> None:
-        """Answers on the link of the request, or for large frames on another of the pool. Raises TransportError."""
-        frame = encode(message)
-        if len(frame) >= BULK_VALUE_BYTES and len(self.links) > 1:
-            link = self.links[-1] if link is self.links[0] else link
-        link.send_frame(frame)
 
 
 Handler: TypeAlias = Callable[["Session", Link, Any], None]
@@ -158,6 +134,7 @@ class Node:
         self.coordinator: Coordinator | None = None
         self.fatal: DHTError | None = None
         self.stopping = False
+        self._settled = False
         self._seed = seed
         self._data = data
         self._data_listen = data_listen
@@ -172,7 +149,6 @@ class Node:
         self._links = 0
         self._listeners: list[Listener] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._scans = 0
         self._queries = 0
         self._debug = config.observability.log_level == "debug"
         """Then every request and replica message is logged with its correlation id."""
@@ -188,6 +164,7 @@ class Node:
             hello=self.hello,
             check=self.check_hello,
             on_message=self._peer_message,
+            on_connected=self._look_for_quorums,
             on_lost=self._peer_lost,
             on_failed=self._fatal,
             clock=clock,
@@ -197,15 +174,16 @@ class Node:
         )
         self.calls = Calls(self.peers)
         self.queries = Queries(self)
+        self._replica_requests = ReplicaRequests(self, self._own)
         self._dispatch: dict[type, Handler] = {
             Get: self._get,
             Put: self._put,
             Delete: self._delete,
             Scan: self._scan,
             Query: self._query,
-            ReplicaRead: self._replica_read,
-            ReplicaWrite: self._replica_write,
-            ReplicaScan: self._replica_scan,
+            ReplicaRead: self._replica_requests.read,
+            ReplicaWrite: self._replica_requests.write,
+            ReplicaScan: self._replica_requests.scan,
         }
 
     # --- life
@@ -271,7 +249,9 @@ class Node:
         await self.store.close()
 
     def _busy(self) -> bool:
-        return (self.coordinator is not None and self.coordinator.pending > 0) or self.replica.unsynced
+        requests = self.coordinator is not None and self.coordinator.pending > 0
+        scans = self._replica_requests.scans > 0 or (self.scanner is not None and self.scanner.pending > 0)
+        return requests or scans or self._queries > 0 or self.replica.unsynced
 
     def _own(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine, name=name)
@@ -295,6 +275,12 @@ class Node:
     def started(self) -> bool:
         """Whether the store is open and the node knows who it is."""
         return self._identity is not None
+
+    @property
+    def serving(self) -> bool:
+        """Whether requests are taken: from the first moment at which quorums are connected, or SETTLE_S after forming,
+        when what needs no quorum works and the rest fails by itself, until the node stops."""
+        return self._settled and not self.stopping
 
     @property
     def epoch(self) -> int:
@@ -380,6 +366,8 @@ class Node:
         )
         self.peers.start([member for member in topology.members if member.node_id != self.node_id])
         self.formed.set()
+        self._look_for_quorums()
+        asyncio.get_running_loop().call_later(SETTLE_S, self._settle)
         _log.info(
             "topology_adopted",
             cluster=topology.cluster,
@@ -387,6 +375,13 @@ class Node:
             digest=topology.digest,
             members=[member.node_id for member in topology.members],
         )
+
+    def _look_for_quorums(self) -> None:
+        if not self._settled and not self.waiting_for:
+            self._settle()
+
+    def _settle(self) -> None:
+        self._settled = True
 
     # --- who may talk to this node
 
@@ -454,16 +449,18 @@ class Node:
         self._links += 1
         link.context = session
         link.send(self.hello())
+        if message.kind == "node":
+            self.peers.heard_of(message)
 
     # --- requests of clients
 
     def _ready(self) -> WireError | None:
-        if self.coordinator is None or self.stopping:
+        if not self.serving:
             return NotReady(f"{self.node_id} is not ready: {self.waiting_for}").to_wire()
         return None
 
     def _get(self, session: Session, link: Link, request: Get) -> None:
-        if self.coordinator is None or self.stopping:
+        if self.coordinator is None or not self.serving:
             link.send(GetReply(request.id, [], None, self._ready()))
             return
         if self._debug:
@@ -482,7 +479,7 @@ class Node:
             session.send(link, GetReply(reply.id, kept, (reply.errors or []) + rest, reply.error))
 
     def _put(self, session: Session, link: Link, request: Put) -> None:
-        if self.coordinator is None or self.stopping:
+        if self.coordinator is None or not self.serving:
             link.send(PutReply(request.id, [], None, self._ready()))
             return
         if self._debug:
@@ -490,7 +487,7 @@ class Node:
         self.coordinator.put(request, link.send, session.name)
 
     def _delete(self, session: Session, link: Link, request: Delete) -> None:
-        if self.coordinator is None or self.stopping:
+        if self.coordinator is None or not self.serving:
             link.send(DeleteReply(request.id, [], None, self._ready()))
             return
         if self._debug:
@@ -498,7 +495,7 @@ class Node:
         self.coordinator.delete(request, link.send, session.name)
 
     def _scan(self, session: Session, link: Link, request: Scan) -> None:
-        if self.scanner is None or self.stopping:
+        if self.scanner is None or not self.serving:
             link.send(ScanReply(request.id, [], [], b"", self._ready()))
             return
         if self._debug:
@@ -531,109 +528,6 @@ class Node:
             return b"", error.to_wire()
         except TimeoutError:
             return b"", NotReady("no answer by the deadline").to_wire()
-
-    # --- requests of coordinators
-
-    def _stale(self, session: Session, epoch: int) -> WireError | None:
-        """Why a replica request is refused. Clients may read replicas directly; only members may write to them."""
-        if self.topology is None:
-            return NotReady(f"{self.node_id} is not ready: {self.waiting_for}").to_wire()
-        if not session.member and session.kind != "client":
-            session.member = session.kind == "node" and session.name in self.topology.by_id
-            if not session.member:
-                return HelloRefused(f"{session.name} is not a member of this cluster").to_wire()
-        if epoch != self.topology.epoch:
-            return StaleEpoch(f"{self.node_id} is at epoch {self.topology.epoch}, the message at {epoch}").to_wire()
-        return None
-
-    def _replica_read(self, session: Session, link: Link, request: ReplicaRead) -> None:
-        if self._debug:
-            _log.debug("replica_read", trace=request.trace, peer=session.name, keys=len(request.keys))
-        stale = self._stale(session, request.epoch)
-        if stale is not None:
-            link.send(ReplicaReadReply(request.id, [], stale))
-        else:
-            self.replica.read(request.keys, partial(self._answer_read, session, link, request))
-
-    def _answer_read(
-        self, session: Session, link: Link, request: ReplicaRead, records: list[bytes | None], error: WireError | None
-    ) -> None:
-        if error is not None:
-            self._replica_failed(request, error)
-        try:
-            session.send(link, ReplicaReadReply(request.id, records, error))
-        except FrameTooLarge:
-            session.send(link, ReplicaReadReply(request.id, cut(records), error))
-        except (TransportError, Overloaded) as failure:
-            _log.info("reply_undeliverable", peer=session.name, error=str(failure))
-
-    def _replica_write(self, session: Session, link: Link, request: ReplicaWrite) -> None:
-        if self._debug:
-            _log.debug("replica_write", trace=request.trace, peer=session.name, keys=len(request.keys))
-        stale = self._stale(session, request.epoch)
-        if session.kind == "client":
-            raise ProtocolMismatch("a client does not write to replicas")
-        if stale is None and (not request.keys or len(request.keys) != len(request.records)):
-            raise ProtocolMismatch("a replica write has as many records as keys, and at least one")
-        if stale is not None:
-            link.send(ReplicaWriteReply(request.id, None, None, stale))
-        else:
-            done = partial(self._answer_write, session, link, request)
-            self.replica.write(request.mode, request.keys, request.records, request.want_live, done)
-
-    def _answer_write(
-        self,
-        session: Session,
-        link: Link,
-        request: ReplicaWrite,
-        superseded: list[tuple[int, int]] | None,
-        live: list[int] | None,
-        error: WireError | None,
-    ) -> None:
-        if error is not None:
-            self._replica_failed(request, error)
-        try:
-            link.send(ReplicaWriteReply(request.id, superseded, live, error, self.replica.now_ms()))
-        except (TransportError, Overloaded) as failure:
-            _log.info("reply_undeliverable", peer=session.name, error=str(failure))
-
-    def _replica_scan(self, session: Session, link: Link, request: ReplicaScan) -> None:
-        if self._debug:
-            _log.debug("replica_scan", trace=request.trace, peer=session.name, limit=request.limit)
-        error = self._stale(session, request.epoch)
-        if error is None and self._scans >= REPLICA_SCANS_MAX:
-            error = Overloaded(f"{self._scans} scans are under way at {self.node_id} already").to_wire()
-        if error is not None:
-            link.send(ReplicaScanReply(request.id, [], [], False, error))
-            return
-        self._scans += 1
-        limit = max(1, min(request.limit, SCAN_LIMIT_MAX + 1))
-        bytes_max = max(1, min(request.bytes_max, BATCH_BYTES_MAX))
-        done = partial(self._answer_scan, session, link, request)
-        self._own(self.replica.scan(request.start, request.end, limit, bytes_max, done), "replica scan")
-
-    def _answer_scan(
-        self, session: Session, link: Link, request: ReplicaScan, page: Page, error: WireError | None
-    ) -> None:
-        self._scans -= 1
-        if error is not None:
-            self._replica_failed(request, error)
-        keys, records = [key for key, _ in page.items], [record for _, record in page.items]
-        try:
-            session.send(link, ReplicaScanReply(request.id, keys, records, page.complete, error))
-        except (TransportError, Overloaded) as failure:
-            _log.info("reply_undeliverable", peer=session.name, error=str(failure))
-
-    def _replica_failed(self, request: ReplicaRead | ReplicaWrite | ReplicaScan, error: WireError) -> None:
-        if self._failures.pass_(self.clock.monotonic()):
-            held_back, self._failures.suppressed = self._failures.suppressed, 0
-            _log.warning(
-                "replica_request_failed",
-                kind=type(request).__name__,
-                trace=request.trace,
-                error=str(from_wire(*error)),
-                held_back=held_back,
-            )
 
     # --- replies of peers
 
@@ -671,13 +565,3 @@ class Node:
                 await self.replica.sweep(step)
             except (DHTError, TimeoutError) as error:
                 _log.warning("sweep_failed", error=str(error))
-
-
-def cut(records: list[bytes | None]) -> list[bytes | None]:
-    """The first records that fit a frame, at least one: who asked asks again for the rest."""
-    size = 0
-    for index, record in enumerate(records):
-        size += len(record) + 8 if record is not None else 1
-        if size > BATCH_BYTES_MAX and index:
-            return records[:index]
-    return records

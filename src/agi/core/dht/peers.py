@@ -8,6 +8,7 @@ may change with a restart.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable
 
@@ -43,6 +44,8 @@ class Peer:
         self.clock_ms = 0.0
         """The peer's clock less this node's monotonic one, as its last answer told: whose wall clock jumps is seen."""
         self.down = asyncio.Event()
+        self.wake = asyncio.Event()
+        self.woken_by = ""
         self.last_error = "not connected yet"
         self._bulk = 0
 
@@ -66,6 +69,7 @@ class Peers:
         hello: makes this node's Hello of the moment.
         check: judges a peer's Hello; raises a ClusterError to refuse it.
         on_message: gets each message of a peer after its Hello.
+        on_connected: told when a peer has become connected.
         on_failed: told when a task that keeps a link died of a bug.
         on_lost: told when a connected peer's links broke.
     """
@@ -78,6 +82,7 @@ class Peers:
         hello: Callable[[], Hello],
         check: Callable[[Hello], None],
         on_message: Callable[[Peer, msgspec.Struct], None],
+        on_connected: Callable[[], None],
         on_lost: Callable[[str, DHTError], None],
         on_failed: Callable[[DHTError], None],
         clock: Clock,
@@ -90,6 +95,7 @@ class Peers:
         self._hello = hello
         self._check = check
         self._on_message = on_message
+        self._on_connected = on_connected
         self._on_lost = on_lost
         self._on_failed = on_failed
         self._clock = clock
@@ -112,6 +118,15 @@ class Peers:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.critical("peer_task_failed", task=task.get_name(), exc_info=error)
             self._on_failed(DHTError(f"{task.get_name()} failed: {error!r}"))
+
+    def heard_of(self, hello: Hello) -> None:
+        """A peer has said hello on a link of its own: one that has just started or formed is not left to the backoff.
+        Once for each, so that two that refuse each other do not keep each other awake."""
+        peer = self.all.get(hello.name)
+        state = f"{hello.run_id}:{bool(hello.topology)}"
+        if peer is not None and peer.woken_by != state:
+            peer.woken_by = state
+            peer.wake.set()
 
     def heard_clock(self, peer: Peer, now_ms: int) -> None:
         """What a peer says its clock is."""
@@ -137,7 +152,10 @@ class Peers:
                 if peer.last_error != str(error):
                     peer.last_error = str(error)
                     _log.warning("peer_unreachable", peer=peer.node_id, error=str(error))
-                await asyncio.sleep(backoff_s * (0.5 + self._rng.random()))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(backoff_s * (0.5 + self._rng.random())):
+                        await peer.wake.wait()
+                peer.wake.clear()
                 backoff_s = min(BACKOFF_MAX_S, backoff_s * 2)
                 continue
             backoff_s = BACKOFF_FIRST_S
@@ -170,6 +188,7 @@ class Peers:
         peer.links = links
         peer.down.clear()
         self.connected[peer.node_id] = peer
+        self._on_connected()
 
     def _identify(self, peer: Peer, hello: Hello) -> None:
         if hello.name != peer.node_id:

@@ -96,6 +96,11 @@ class Scanner:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    @property
+    def pending(self) -> int:
+        """Scans under way."""
+        return len(self._tasks)
+
     async def stop(self) -> None:
         for task in self._tasks:
             task.cancel()

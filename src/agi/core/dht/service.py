@@ -393,7 +393,7 @@ class Service(DHTServicer):
     def _ready(self) -> Coordinator:
         """Raises NotReady."""
         node = self._node
-        if node.coordinator is None or node.stopping:
+        if node.coordinator is None or not node.serving:
             raise NotReady(f"{node.node_id} is not ready: {node.waiting_for}")
         return node.coordinator
 

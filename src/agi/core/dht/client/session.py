@@ -455,7 +455,9 @@ class Session:
     def _again(self, batch: Batch, error: DHTError) -> None:
         """Nothing was written: try another node while that is worth it."""
         batch.attempts += 1
-        if batch.attempts > self._retry_count or self.clock.monotonic() >= batch.deadline:
+        # a node that is not ready yet is waited for, however often
+        tried_enough = batch.attempts > self._retry_count and not isinstance(error, NotReady)
+        if tried_enough or self.clock.monotonic() >= batch.deadline:
             batch.fail(error if not isinstance(error, TransportError) else Unavailable(str(error)))
         elif isinstance(error, TransportError) and any(r.node_id != batch.node for r in self.up):
             self._route(batch, {batch.node})
@@ -463,7 +465,7 @@ class Session:
             self._later(batch, error)
 
     def _later(self, batch: Batch, error: DHTError) -> None:
-        delay_s = min(0.5, 0.02 * 2**batch.attempts) * (0.5 + self._rng.random())
+        delay_s = min(0.5, 0.02 * 2 ** min(batch.attempts, 10)) * (0.5 + self._rng.random())
         if self.clock.monotonic() + delay_s >= batch.deadline:
             batch.fail(error)
             return
@@ -603,7 +605,7 @@ class Session:
             tried_enough = attempts > self._retry_count and not isinstance(error, NotReady)
             if not error.retryable or tried_enough or left_s <= 0:
                 raise error
-            await asyncio.sleep(min(0.5, 0.02 * 2**attempts, max(0.0, left_s)))
+            await asyncio.sleep(min(0.5, 0.02 * 2 ** min(attempts, 10), max(0.0, left_s)))
 
     async def _call(self, link: Link, name: str, message: Query | Scan, timeout_s: float) -> Message:
         self._ids += 1

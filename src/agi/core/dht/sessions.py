@@ -1,0 +1,38 @@
+"""The other side of accepted links."""
+
+from __future__ import annotations
+
+from agi.core.dht.protocol.messages import Message
+from agi.core.dht.transport.base import Link
+from agi.core.dht.transport.codec import encode
+from agi.core.dht.types import BATCH_BYTES_MAX, BULK_VALUE_BYTES
+
+
+class Session:
+    """The other side of an accepted link, after its Hello. Links of one peer share it: replies too large for the link
+    of the request leave on another."""
+
+    __slots__ = ("kind", "links", "member", "name")
+
+    def __init__(self, kind: str, name: str, member: bool) -> None:
+        self.kind = kind
+        self.name = name
+        self.member = member
+        self.links: list[Link] = []
+
+    def send(self, link: Link, message: Message) -> None:
+        """Answers on the link of the request, or for large frames on another of the pool. Raises TransportError."""
+        frame = encode(message)
+        if len(frame) >= BULK_VALUE_BYTES and len(self.links) > 1:
+            link = self.links[-1] if link is self.links[0] else link
+        link.send_frame(frame)
+
+
+def cut(records: list[bytes | None]) -> list[bytes | None]:
+    """The first records that fit a frame, at least one: who asked asks again for the rest."""
+    size = 0
+    for index, record in enumerate(records):
+        size += len(record) + 8 if record is not None else 1
+        if size > BATCH_BYTES_MAX and index:
+            return records[:index]
+    return records
