@@ -20,8 +20,8 @@ $(STAMP): requirements.lock pyproject.toml
 run: $(STAMP)  ## the main job on three node processes: store real files, kill a node, read all back
 	@$(BIN)/agi-dht demo
 
-test: $(STAMP) system-packages  ## the whole default test suite
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+test: $(STAMP) system-packages  ## the whole default test suite; COVERAGE=1 measures it and fails below 90 % of lines
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(if $(COVERAGE),--cov --cov-report=term:skip-covered)
 
 sim: $(STAMP)  ## the cluster simulation: SEEDS=n, or one seed: SEED=k [FORMATION=1] [TRACE=file]
 	@$(BIN)/python -m agi.core.dht.testing.run $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),1000)) \
