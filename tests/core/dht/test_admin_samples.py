@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
-from cluster import Cluster
+from cluster import Cluster, until
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from agi.core.dht.admin.samples import NodeSamples
 from agi.core.dht.node import Node
+from agi.core.dht.types import MemberStatus
 
 
 async def _scrape(node: Node) -> dict[tuple[str, str], float]:
@@ -64,6 +65,44 @@ async def test_failures_and_lost_peers_show() -> None:
     assert scrape["dht_failures_total", name] == 1
     assert scrape["dht_peer_connected", "n1"] == scrape["dht_peer_connected", "n2"] == 0
     assert scrape["dht_ready", ""] == 0
+
+
+async def test_what_the_failure_detector_does_shows() -> None:
+    quick = {"dht.health.heartbeat_interval_ms": 40, "dht.health.probe_timeout_ms": 20}
+    async with Cluster(3, settings=quick) as cluster:
+        scrape = await _scrape(cluster.node(0))
+        assert scrape["dht_members", "alive"] == 3 and scrape["dht_members", "dead"] == 0
+        await cluster.down(1)
+        await until(lambda: cluster.node(0).detector.status("n1") is MemberStatus.DEAD)
+        scrape = await _scrape(cluster.node(0))
+        other = await _scrape(cluster.node(2))
+    assert [scrape["dht_members", s] for s in ("alive", "suspect", "dead", "left")] == [2, 0, 1, 0]
+    assert scrape["dht_probes_total", ""] > scrape["dht_probes_failed_total", ""] > 0
+    assert scrape["dht_suspicions_total", ""] + other["dht_suspicions_total", ""] >= 1
+    assert scrape["dht_refutations_total", ""] == scrape["dht_false_deaths_total", ""] == 0
+    assert 0 <= scrape["dht_health_score", ""] <= 8
+    assert scrape["dht_gossip_bytes_total", ""] > 10 * scrape["dht_gossip_messages_total", ""] > 0
+
+
+async def test_hints_show_by_target_and_what_became_of_them() -> None:
+    async with Cluster(3, settings={"dht.hints.bytes_max_mb": 1}) as cluster:
+        client = await cluster.client(0)
+        await cluster.down(1)
+        await cluster.down(2)
+        await client.put_many({f"k{i}": b"v" * 300_000 for i in range(4)}, consistency="ONE")
+        cluster.clocks[0].ahead_ms = 30_000
+        away = await _scrape(cluster.node(0))
+        await cluster.up(1)
+        await cluster.up(2)
+        await until(lambda: not cluster.node(0).handoff.hints)
+        back = await _scrape(cluster.node(0))
+    assert away["dht_hints", "n1"] == away["dht_hints", "n2"] == 3
+    assert 900_000 < away["dht_hint_bytes", "n1"] <= 1 << 20
+    assert away["dht_hints_stored_total", ""] == 8 and away["dht_hints_replayed_total", ""] == 0
+    assert away["dht_hints_dropped_total", "full"] == 2 and away["dht_hints_dropped_total", "old"] == 0
+    assert 30 <= away["dht_hint_oldest_age_seconds", ""] < 60
+    assert ("dht_hints", "n1") not in back and back["dht_hint_oldest_age_seconds", ""] == 0
+    assert back["dht_hints_replayed_total", ""] == 6 and back["dht_hint_replay_bytes_total", ""] > 6 * 300_000
 
 
 async def test_a_store_that_does_not_answer_is_told() -> None:

@@ -54,7 +54,7 @@ def test_the_public_names() -> None:
     assert {name for name in errors if issubclass(getattr(agi.core.dht.errors, name), Exception)} <= set(names)
     assert set(names) - errors == {
         "RAW", "TEXT", "Codec", "Consistency", "DHTClient", "Entry", "HashRing", "Json", "MappingView", "MessagePack",
-        "Node", "Partition", "SyncDHTClient",
+        "MemberStatus", "Node", "Partition", "SyncDHTClient",
     }  # fmt: skip
     public = {name for name in vars(agi.core.dht) if not name.startswith("_") and name not in names}
     assert all(type(getattr(agi.core.dht, name)).__name__ == "module" for name in public)

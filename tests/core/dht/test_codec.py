@@ -17,6 +17,7 @@ from agi.core.dht.protocol.messages import KIND_OF, KINDS, MAGIC, Message
 from agi.core.dht.transport.codec import FrameReader, encode
 from agi.core.dht.types import FRAME_BYTES_MAX, PROTOCOL_VERSION, VALUE_BYTES_MAX
 
+CLAIM = messages.Claim(node="n1", disk=7, boot=3, incarnation=2, status=types.MemberStatus.SUSPECT, by="n2")
 SAMPLES: list[Message] = [
     messages.Hello(protocol=1, kind="node", name="n1", cluster="c", peers=["a:1", "b:2"], members_seen=[("n1", "d1")]),
     messages.Refused(error=(51, "another cluster", 0, 0)),
@@ -38,6 +39,18 @@ SAMPLES: list[Message] = [
     messages.ReplicaWriteReply(id=7, superseded=[(0, 99)], live=[0]),
     messages.ReplicaScan(id=8, epoch=3, trace="", start=b"", end=b"z", limit=5, bytes_max=1000),
     messages.ReplicaScanReply(id=8, keys=[], records=[], complete=True),
+    messages.Probe(seq=1, boot=3, incarnation=2, gossip=[CLAIM]),
+    messages.ProbeAck(seq=1, boot=3, incarnation=2),
+    messages.IndirectProbe(seq=2, target="n3", gossip=[CLAIM, CLAIM]),
+    messages.ProbeNack(seq=2),
+    messages.Gossip(claims=[CLAIM]),
+    messages.ViewDigest(digest=(1 << 64) - 1),
+    messages.ViewState(claims=[CLAIM], answer=True),
+    messages.EpochPrepare(id=9, epoch=2, ballot=(1, 7), base=b"t"),
+    messages.EpochAccept(id=9, epoch=2, ballot=(1, 7), value=b"u"),
+    messages.EpochReply(id=9, granted=True, promised=(1, 7), accepted=(1, 7), value=b"u", newer=b"w"),
+    messages.TopologyDigest(generation=1, epoch=2, digest="d"),
+    messages.TopologyNews(topology=b"t"),
 ]
 STREAM = b"".join(encode(message) for message in SAMPLES)
 
@@ -55,6 +68,8 @@ GOLDEN = {
         messages.ReplicaWrite(id=7, epoch=3, trace="c:1", mode=0, keys=[b"k"], records=[b"r"]),
         "13000000d720970703a3633a310091c4016b91c40172c2",
     ),
+    "probe": (messages.Probe(seq=1, boot=3, incarnation=2), "07000000d7289401030290"),
+    "gossip": (messages.Gossip(claims=[CLAIM]), "0f000000d72c919196a26e3107030201a26e32"),
 }
 
 
@@ -89,6 +104,18 @@ def test_wire_constants() -> None:
         "ReplicaWriteReply": 33,
         "ReplicaScan": 34,
         "ReplicaScanReply": 35,
+        "Probe": 40,
+        "ProbeAck": 41,
+        "IndirectProbe": 42,
+        "ProbeNack": 43,
+        "Gossip": 44,
+        "ViewDigest": 45,
+        "ViewState": 46,
+        "EpochPrepare": 70,
+        "EpochAccept": 71,
+        "EpochReply": 72,
+        "TopologyDigest": 73,
+        "TopologyNews": 74,
     }
     assert types.KEY_BYTES_MAX == 1024
 

@@ -19,6 +19,7 @@ import time
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,16 +43,22 @@ from agi.core.dht.errors import (
     Unavailable,
     from_wire,
 )
+from agi.core.dht.gossip import MESSAGES as GOSSIP_MESSAGES
 from agi.core.dht.local import LocalCluster
 from agi.core.dht.protocol.messages import (
+    Claim,
     Get,
+    Gossip,
+    IndirectProbe,
     Message,
+    Probe,
     Put,
     PutReply,
     ReplicaRead,
     ReplicaReadReply,
     ReplicaWrite,
     ReplicaWriteReply,
+    ViewDigest,
 )
 from agi.core.dht.protocol.record import EXPIRES, FLAGS, SHRUNK, pack
 from agi.core.dht.reads import HEDGE_CREDIT_MAX
@@ -60,7 +67,7 @@ from agi.core.dht.requests import ReplyTo
 from agi.core.dht.server import _store
 from agi.core.dht.storage.base import Batch, StorageBackend
 from agi.core.dht.storage.rocksdb import RocksStore
-from agi.core.dht.types import Consistency
+from agi.core.dht.types import Consistency, MemberStatus
 
 ONE, QUORUM, ALL = Consistency.ONE, Consistency.QUORUM, Consistency.ALL
 KEYS = [f"k{i}" for i in range(200)]
@@ -684,6 +691,285 @@ async def test_past_so_many_bytes_under_way_requests_are_refused() -> None:
                 wire.link.send(put(number, f"k{number}", value, ALL, 60_000))
             assert type(failure(await wire.ask(put(3, "k3", value, ONE)))) is refusal
             hold()
+
+
+# --- health
+
+
+class Seen:
+    """What the failure detectors of a cluster send: (when, from, to, message). `silent` members say nothing any more,
+    though their links stay up."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.messages: list[tuple[float, str, str, Message]] = []
+        self.silent: set[str] = set()
+        self._now = asyncio.get_running_loop().time
+        cluster.rule(self._rule)
+
+    def _rule(self, src: str, dst: str, message: Message) -> tuple[float, ...] | None:
+        if isinstance(message, GOSSIP_MESSAGES):
+            self.messages.append((self._now(), src, dst, message))
+            return () if src in self.silent else None
+        return None
+
+    def of(self, kind: type[Message], src: str = "n0") -> list[tuple[float, str, str, Message]]:
+        return [each for each in self.messages if isinstance(each[3], kind) and each[1] == src]
+
+    def times(self, kind: type[Message], src: str = "n0", dst: str = "") -> list[float]:
+        return [at for at, _, to, _ in self.of(kind, src) if not dst or to == dst]
+
+
+@asynccontextmanager
+async def detecting(
+    count: int = 3, only: dict[str, object] | None = None, **settings: object
+) -> AsyncIterator[tuple[Cluster, Seen]]:
+    """Nodes whose failure detectors do what these settings say: `only` those of n0, and those of the others nothing."""
+    idle = {"heartbeat_interval_ms": 600_000, "probe_timeout_ms": 100_000, "sync_interval_ms": 600_000}
+    quick = {"heartbeat_interval_ms": 40, "probe_timeout_ms": 20, "awareness_max": 0, "sync_interval_ms": 600_000}
+
+    def named(values: dict[str, object]) -> dict[str, object]:
+        return {f"dht.health.{name}": value for name, value in values.items()}
+
+    alone = only is not None
+    async with Cluster(
+        count,
+        settings=named({**(idle if alone else quick), **settings}),
+        per_node={0: named({**quick, **only})} if only is not None else None,
+    ) as cluster:
+        yield cluster, Seen(cluster)
+
+
+async def _status_times(cluster: Cluster, seen: Seen) -> dict[MemberStatus, float]:
+    """When n0 first held n1, which says nothing any more, to be suspected and dead."""
+    at: dict[MemberStatus, float] = {}
+    now = asyncio.get_running_loop().time
+    cluster.node(0).on_member_status(lambda member, status: at.setdefault(status, now()) if member == "n1" else None)
+    seen.silent = {"n1"}
+    await until(lambda: MemberStatus.DEAD in at)
+    return at
+
+
+@effect_of("health.preset")
+async def test_a_preset_sets_what_is_not_set() -> None:
+    probes = {}
+    for preset in ("local", "wan"):
+        async with Cluster(2, settings={"dht.health.preset": preset}) as cluster:
+            seen = Seen(cluster)
+            await asyncio.sleep(1.5)  # several heartbeats of 0.2 s, at most one of 2 s
+            probes[preset] = len(seen.of(Probe))
+    assert probes["local"] > probes["wan"] and probes["wan"] <= 1
+    quick = {"dht.health.heartbeat_interval_ms": 40, "dht.health.probe_timeout_ms": 20}
+    async with Cluster(2, settings={"dht.health.preset": "wan", **quick}) as cluster:
+        seen = Seen(cluster)
+        await until(lambda: len(seen.of(Probe)) > 5)  # 10 s by the preset
+
+
+@effect_of("health.heartbeat_interval_ms")
+async def test_a_member_is_probed_every_heartbeat() -> None:
+    for heartbeat_ms in (40, 200):
+        async with detecting(heartbeat_interval_ms=heartbeat_ms) as (_, seen):
+            await until(lambda seen=seen: len(seen.of(Probe)) > 4)
+            times = seen.times(Probe)
+            assert times[4] - times[0] >= 3 * heartbeat_ms / 1000
+
+
+@effect_of("health.probe_timeout_ms")
+async def test_helpers_are_asked_after_the_probe_timeout() -> None:
+    for timeout_ms in (20, 150):
+        async with detecting(heartbeat_interval_ms=300, probe_timeout_ms=timeout_ms) as (_, seen):
+            seen.silent = {"n1"}
+            await until(lambda seen=seen: seen.of(IndirectProbe))
+            asked = seen.of(IndirectProbe)[0]
+            probed = next(at for at, _, to, probe in seen.of(Probe) if to == "n1" and probe.seq == asked[3].seq)  # type: ignore[attr-defined]
+            waited_ms = (asked[0] - probed) * 1000
+            assert waited_ms >= timeout_ms / 2 and (timeout_ms > 20 or waited_ms < 140)
+
+
+@effect_of("health.failure_threshold")
+async def test_so_many_failed_probes_make_a_suspicion() -> None:
+    for threshold in (1, 4):
+        async with detecting(only={"failure_threshold": threshold, "suspicion_mult": 1}) as (cluster, seen):
+            failed: list[set[int]] = []
+
+            def report(member: str, status: MemberStatus, seen: Seen = seen, failed: list[set[int]] = failed) -> None:
+                if member == "n1":  # each round of it had helpers asked
+                    asked = seen.of(IndirectProbe)
+                    failed.append({message.seq for _, _, _, message in asked if message.target == "n1"})  # type: ignore[attr-defined]
+
+            cluster.node(0).on_member_status(report)
+            seen.silent = {"n1"}
+            await until(lambda failed=failed: failed)
+            assert len(failed[0]) == threshold
+
+
+@effect_of("health.indirect_probes")
+async def test_so_many_others_are_asked_to_help() -> None:
+    for helpers in (0, 1, 3):
+        async with detecting(5, only={"indirect_probes": helpers, "failure_threshold": 100}) as (cluster, seen):
+            seen.silent = {"n1"}
+            rounds: dict[int, set[str]] = {}
+            await until(lambda c=cluster: c.node(0).detector.core.failed_probes >= 5)  # type: ignore[union-attr]
+            await until(lambda seen=seen: len(seen.times(Probe, dst="n1")) >= 3)
+            for _, _, to, message in seen.of(IndirectProbe):
+                if message.target == "n1":  # type: ignore[attr-defined]
+                    rounds.setdefault(message.seq, set()).add(to)  # type: ignore[attr-defined]
+            assert {len(asked) for asked in rounds.values()} == ({helpers} if helpers else set())
+
+
+@effect_of("health.suspicion_mult")
+async def test_a_suspicion_lasts_so_many_heartbeats() -> None:
+    for mult in (1, 10):
+        async with detecting(only={"suspicion_mult": mult, "suspicion_max_mult": 1}) as (cluster, seen):
+            at = await _status_times(cluster, seen)
+            assert at[MemberStatus.DEAD] - at[MemberStatus.SUSPECT] >= mult * 0.03
+
+
+@effect_of("health.suspicion_max_mult")
+async def test_a_suspicion_that_nobody_shares_lasts_so_many_times_longer() -> None:
+    for mult in (1, 5):
+        async with detecting(only={"suspicion_mult": 3, "suspicion_max_mult": mult}) as (cluster, seen):
+            at = await _status_times(cluster, seen)
+            lasted_s = at[MemberStatus.DEAD] - at[MemberStatus.SUSPECT]
+            assert lasted_s >= mult * 3 * 0.03
+
+
+@effect_of("health.recovery_timeout_ms")
+async def test_a_dead_node_is_tried_again_so_often() -> None:
+    for recovery_ms in (50, 400):
+        async with detecting(recovery_timeout_ms=recovery_ms, suspicion_mult=1) as (cluster, seen):
+            await _status_times(cluster, seen)
+            known = len(seen.times(Probe, dst="n1"))
+            await until(lambda seen=seen, known=known: len(seen.times(Probe, dst="n1")) >= known + 4)
+            times = seen.times(Probe, dst="n1")[known:]
+            assert times[3] - times[0] >= 2 * recovery_ms / 1000
+
+
+def _told(seen: Seen) -> list[tuple[float, str]]:
+    """When, and whom, n0 told of it."""
+    sent = seen.of(Gossip)
+    return [(at, to) for at, _, to, gossip in sent if any(claim.incarnation == 1 for claim in gossip.claims)]  # type: ignore[attr-defined]
+
+
+@effect_of("health.gossip_interval_ms")
+async def test_news_is_passed_on_every_so_often() -> None:
+    for interval_ms in (10, 250):
+        idle = {"heartbeat_interval_ms": 600_000, "probe_timeout_ms": 100_000}
+        async with detecting(2, gossip_interval_ms=interval_ms, retransmit_mult=20, **idle) as (cluster, seen):
+            _news(cluster, seen)
+            await until(lambda seen=seen: len(_told(seen)) >= 3)
+            times = [at for at, _ in _told(seen)]
+            assert times[2] - times[0] >= interval_ms / 1000
+
+
+def _news(cluster: Cluster, seen: Seen) -> None:
+    """Lets n0 hear that n1 has refuted something, and n1 not contradict."""
+    seen.silent = {"n1"}
+    detector = cluster.node(0).detector
+    assert detector.core is not None
+    known = detector.core.view.get("n1")
+    claim = Claim("n1", known.disk, known.boot, known.incarnation + 1, MemberStatus.ALIVE)
+    detector.reply(cluster.node(0).peers.all["n1"], Gossip([claim]))
+
+
+@effect_of("health.gossip_nodes")
+async def test_news_is_sent_to_so_many_at_a_time() -> None:
+    idle = {"heartbeat_interval_ms": 600_000, "probe_timeout_ms": 100_000}
+    for nodes in (1, 3):
+        async with detecting(5, gossip_nodes=nodes, retransmit_mult=20, **idle) as (cluster, seen):
+            _news(cluster, seen)
+            await until(lambda seen=seen: len(_told(seen)) >= 6)
+            first, _ = _told(seen)[0]
+            assert len({to for at, to in _told(seen) if at < first + 0.02}) == nodes
+    async with detecting(5, gossip_nodes=0, retransmit_mult=1) as (cluster, seen):
+        _news(cluster, seen)
+        await until(lambda: any(probe.gossip for _, _, _, probe in seen.of(Probe)))  # type: ignore[attr-defined]
+        assert seen.of(Gossip) == []
+
+
+@effect_of("health.retransmit_mult")
+async def test_news_is_passed_on_so_many_times() -> None:
+    idle = {"heartbeat_interval_ms": 600_000, "probe_timeout_ms": 100_000}
+    for mult in (1, 7):
+        async with detecting(5, retransmit_mult=mult, gossip_interval_ms=10, **idle) as (cluster, seen):
+            _news(cluster, seen)
+            await until(lambda c=cluster: c.node(0).detector.core.queued == 0)  # type: ignore[union-attr]
+            await asyncio.sleep(0)  # the last of it leaves
+            assert len(_told(seen)) == mult  # times ceil(log10(5 + 1)) = 1
+
+
+@effect_of("health.sync_interval_ms")
+async def test_views_are_compared_every_so_often() -> None:
+    async with detecting(sync_interval_ms=100) as (_, seen):
+        await until(lambda: len(seen.of(ViewDigest)) >= 5)
+        times = seen.times(ViewDigest)
+        assert times[4] - times[0] >= 0.3
+    async with detecting(sync_interval_ms=600_000) as (cluster, seen):
+        await until(lambda: len(seen.of(Probe)) > 10)
+        assert len(seen.of(ViewDigest)) <= 2 * len(cluster.names), "but when links come up"
+
+
+@effect_of("health.awareness_max")
+async def test_a_node_that_hears_nobody_slows_down_so_far() -> None:
+    for highest in (0, 2):
+        async with detecting(only={"awareness_max": highest, "failure_threshold": 100}) as (cluster, seen):
+            core = cluster.node(0).detector.core
+            assert core is not None
+            seen.silent = {"n1", "n2"}
+            await until(lambda core=core: core.failed_probes >= 6)
+            assert core.awareness.score == highest
+            probed = core.probes
+            began = asyncio.get_running_loop().time()
+            await until(lambda core=core, probed=probed: core.probes >= probed + 6)
+            # two rounds a heartbeat: that of its turn and that of a member which failed before
+            assert asyncio.get_running_loop().time() - began >= 0.04 * (1 + highest)
+
+
+# --- hints
+
+
+async def hinted(cluster: Cluster, count: int, size: int) -> None:
+    """n1 misses so many records, which n0 coordinates."""
+    wire = await cluster.wire(0)
+    await cluster.down(1)
+    for number in range(1, count + 1):
+        assert failure(await wire.ask(put(number, f"k{number}", b"v" * size, ONE))) is None
+
+
+@effect_of("hints.bytes_max_mb")
+async def test_so_many_bytes_are_kept_for_a_node_that_is_away() -> None:
+    for limit_mb, kept in ((0, 0), (1, 2), (2, 5)):
+        async with Cluster(2, factor=2, settings={"dht.hints.bytes_max_mb": limit_mb}) as cluster:
+            await hinted(cluster, 8, 400_000)
+            assert len(cluster.node(0).handoff.hints) == kept
+
+
+@effect_of("hints.age_max_s")
+async def test_hints_are_kept_for_so_long() -> None:
+    for age_s, kept in ((10, 1), (60, 4)):
+        async with Cluster(2, factor=2, settings={"dht.hints.age_max_s": age_s}) as cluster:
+            await hinted(cluster, 3, 1)
+            cluster.clocks[0].ahead_ms = 30_000
+            assert failure(await (await cluster.wire(0, "d")).ask(put(9, "new", b"v", ONE))) is None
+            assert len(cluster.node(0).handoff.hints) == kept
+
+
+@effect_of("hints.replay_bytes_per_s")
+async def test_hints_are_brought_at_that_pace() -> None:
+    for rate, batches in ((4096, [3, 3]), (1 << 30, [6])):
+        async with Cluster(2, factor=2, settings={"dht.hints.replay_bytes_per_s": rate}) as cluster:
+            await hinted(cluster, 6, 1000)
+            sent: list[tuple[float, list[bytes]]] = []
+
+            def watch(src: str, dst: str, message: Message, sent: Any = sent) -> None:
+                if isinstance(message, ReplicaWrite) and message.trace == "hints:n0":
+                    sent.append((time.monotonic(), message.records))
+
+            cluster.rule(watch)
+            await cluster.up(1)
+            await until(lambda: not cluster.node(0).handoff.hints)
+            assert [len(records) for _, records in sent] == batches
+            for (before, records), (after, _) in pairwise(sent):
+                assert after - before >= sum(map(len, records)) / rate
 
 
 # --- expiry

@@ -16,9 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract.storage_harness import TOKEN_MAX, all_by_key, all_by_token, by_token, inserts, many, rec, token_of
+from contract.storage_harness import (
+    TOKEN_MAX,
+    all_by_key,
+    all_by_token,
+    all_hints,
+    by_token,
+    hint,
+    inserts,
+    many,
+    rec,
+    token_of,
+)
+from rocksdict import Cache, Rdict
 
 from agi.core.dht.errors import FolderUnusable, StorageClosed, StorageCorrupt, StorageError, StorageFull
+from agi.core.dht.storage import rocksdb_engine
 from agi.core.dht.storage.base import Batch, Count, WalSync
 from agi.core.dht.storage.rocksdb import RocksStore
 from agi.core.dht.storage.wal_files import wal_files
@@ -389,6 +402,57 @@ async def test_a_store_without_syncs_never_syncs(tmp_path: Path) -> None:
         await store.put_meta("identity", b"is synced all the same")
         assert counting.syncs == 1
         engine.db = counting._db
+
+
+# --- hints
+
+
+async def test_hints_reach_the_log_without_a_sync_of_their_own(tmp_path: Path) -> None:
+    async with opened(tmp_path / "a", WalSync.GROUP) as store:
+        engine = store._engine
+        assert engine is not None
+        counting = engine.db = Counting(engine.db)
+        await store.save_hints([hint(1), hint(2)], [])
+        await store.save_hints([hint(3)], [hint(1).name])
+        assert counting.syncs == 0
+        shutil.copytree(tmp_path / "a", tmp_path / "killed")  # as kill -9 leaves it
+        await store.save_hints([], [hint(2).name, hint(3).name], synced=True)
+        assert counting.syncs == 1
+        engine.db = counting._db
+    async with opened(tmp_path / "killed") as store:
+        assert await all_hints(store) == ([hint(2), hint(3)], [])
+    async with opened(tmp_path / "a") as store:
+        assert await all_hints(store) == ([], [])
+
+
+async def test_a_store_that_refuses_writes_refuses_hints(tmp_path: Path) -> None:
+    async with opened(tmp_path / "a", WalSync.GROUP) as store:
+        engine = store._engine
+        assert engine is not None
+        whole, engine.db = engine.db, Broken(engine.db)
+        with pytest.raises(StorageError, match="sync failed"):
+            await store.apply(inserts({b"b": rec(b"b")}))
+        engine.db = whole
+        with pytest.raises(StorageError, match="takes no more writes"):
+            await store.save_hints([hint(1)], [])
+        assert await all_hints(store) == ([], [])
+
+
+async def test_a_folder_from_before_there_were_hints_opens(tmp_path: Path) -> None:
+    cache = Cache(1 << 20)
+    families = {name: rocksdb_engine._family(cache, 1 << 20) for name in ("keys", "expiry", "meta")}
+    old = Rdict(str(tmp_path / "a"), rocksdb_engine._options(cache), column_families=families)
+    old[token_of(b"k") + b"k"] = rec(b"k")
+    keys = old.get_column_family("keys")
+    keys[b"k"] = b""
+    keys.close()
+    old.close()
+    async with opened(tmp_path / "a") as store:
+        assert await all_by_key(store, 10) == [(b"k", rec(b"k"))]
+        assert await all_hints(store) == ([], [])
+        await store.save_hints([hint(1)], [])
+    async with opened(tmp_path / "a") as store:
+        assert (await store.get(b"k"), await all_hints(store)) == (rec(b"k"), ([hint(1)], []))
 
 
 # --- folders

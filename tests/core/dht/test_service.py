@@ -728,11 +728,14 @@ async def test_topology_places_and_status() -> None:
         assert (status.epoch, status.replication_factor, status.failures_tolerated) == (1, 3, 1)
         assert status.protocol_version == 1 and status.program_version
         assert abs(status.started_at_ms - cluster.clocks[0].wall_ms()) < 60_000
-        expected = [(f"n{i}", f"n{i}:7000", True) for i in (1, 2, 3)]
-        assert [(peer.node_id, peer.address, peer.connected) for peer in status.peers] == expected
+        expected = [(f"n{i}", f"n{i}:7000", True, pb.MEMBER_STATUS_ALIVE) for i in (1, 2, 3)]
+        assert [(peer.node_id, peer.address, peer.connected, peer.status) for peer in status.peers] == expected
         await cluster.down(2)
         status = await served.stub.Status(pb.StatusRequest(), timeout=PATIENT_S)
         assert [peer.connected for peer in status.peers] == [True, False, True]
+        cluster.node(0).detector.leave()
+        status = await served.stub.Status(pb.StatusRequest(), timeout=PATIENT_S)
+        assert all(peer.status != pb.MEMBER_STATUS_UNSPECIFIED for peer in status.peers)
 
 
 async def test_failures_tolerated_are_those_of_the_replicas_that_there_are() -> None:

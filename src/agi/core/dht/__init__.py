@@ -23,6 +23,7 @@ Module map, from what users see down to what everything stands on; imports only 
     queries, hello      answers to operators: topology, status, stats, locate; whom a node lets in
     coordinator, scan   requests of clients: reads, writes, requests; ordered scans
     calls, peers        links to the other nodes
+    gossip              which of them are alive
     replica             this node's copy of its keys
     bootstrap, identity how a cluster forms; what a data folder knows
     storage, transport  memory, RocksDB, Redis; native frames, gRPC, memory
@@ -70,7 +71,7 @@ from agi.core.dht.errors import (
     UnknownDisk,
 )
 from agi.core.dht.ring import HashRing, Partition
-from agi.core.dht.types import Consistency, Entry, Node
+from agi.core.dht.types import Consistency, Entry, MemberStatus, Node
 
 __all__ = [
     "RAW",
@@ -102,6 +103,7 @@ __all__ = [
     "Json",
     "LinkClosed",
     "MappingView",
+    "MemberStatus",
     "MessagePack",
     "Node",
     "NotReady",

@@ -11,6 +11,9 @@ import asyncio
 from agi.core.dht.errors import DHTError, Unavailable, from_wire
 from agi.core.dht.peers import Peer, Peers
 from agi.core.dht.protocol.messages import (
+    EpochAccept,
+    EpochPrepare,
+    EpochReply,
     ReplicaRead,
     ReplicaReadReply,
     ReplicaScan,
@@ -22,8 +25,8 @@ from agi.core.dht.transport.codec import encode
 
 ID_BASE = 1 << 62
 
-Request = ReplicaRead | ReplicaWrite | ReplicaScan
-Reply = ReplicaReadReply | ReplicaWriteReply | ReplicaScanReply
+Request = ReplicaRead | ReplicaWrite | ReplicaScan | EpochPrepare | EpochAccept
+Reply = ReplicaReadReply | ReplicaWriteReply | ReplicaScanReply | EpochReply
 
 
 class Calls:
@@ -35,7 +38,7 @@ class Calls:
     async def call(self, name: str, request: Request) -> Reply:
         """The peer's reply; `request.id` is set here. Raises Unavailable where the peer is not connected or lost, or
         the error that it answered."""
-        peer = self._peers.connected.get(name)
+        peer = self._peers.usable.get(name)
         if peer is None:
             raise Unavailable(f"{name} is not connected")
         self._ids += 1

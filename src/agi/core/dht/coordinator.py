@@ -13,7 +13,7 @@ from agi.core.dht.protocol.messages import Delete, Get, Put, ReplicaReadReply, R
 from agi.core.dht.protocol.versioning import HLC
 from agi.core.dht.reads import ReadGroup, Reads
 from agi.core.dht.replica import Replica
-from agi.core.dht.requests import ReplyTo, Requests
+from agi.core.dht.requests import Hint, ReplyTo, Requests
 from agi.core.dht.ring import Ring
 from agi.core.dht.topology import Topology
 from agi.core.dht.writes import WriteGroup, Writes
@@ -34,6 +34,7 @@ class Coordinator:
         clock: Clock,
         metrics: Metrics,
         *,
+        hint: Hint,
         hedge_budget: float,
         dedup_entries: int,
         max_clock_skew_ms: int,
@@ -48,6 +49,7 @@ class Coordinator:
             peers,
             clock,
             metrics,
+            hint=hint,
             first_id=(writer & 0xFFFF) << 40,
             pending_bytes_max=pending_bytes_max,
             slow_s=slow_request_ms / 1000,
@@ -56,6 +58,10 @@ class Coordinator:
         self._writes = Writes(self._requests, hlc, writer, dedup_entries, max_clock_skew_ms)
         self.peer_lost = self._requests.peer_lost
         self.advance = self._requests.advance
+
+    def adopt(self, topology: Topology, ring: Ring) -> None:
+        """New requests go by this topology."""
+        self._requests.adopt(topology, ring)
 
     @property
     def pending(self) -> int:

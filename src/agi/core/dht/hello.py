@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from agi.core.dht.errors import ClonedNode, ClusterError, DHTError, HelloRefused, UnknownDisk
+from agi.core.dht.errors import ClonedNode, DHTError, HelloRefused, UnknownDisk
 from agi.core.dht.identity import Ledger
 from agi.core.dht.protocol.bootstrap import Bootstrap
 from agi.core.dht.protocol.messages import Hello
@@ -76,8 +76,8 @@ def check_hello(node: Node, boots: KnownBoots, theirs: Hello) -> None:
             f"{theirs.name} came with a disk that the cluster does not know: its data is not what it was; "
             "it has to be replaced"
         )
-    if theirs.topology and unpack(theirs.topology).digest != topology.digest:
-        raise ClusterError(f"{theirs.name} belongs to another cluster or an other epoch than {node.node_id}")
+    if theirs.topology:
+        node.epochs.hear_of(unpack(theirs.topology), theirs.name)
 
 
 class KnownBoots:

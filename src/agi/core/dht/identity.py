@@ -6,18 +6,23 @@ All of it lives in the store itself (`put_meta`, always synced), so that it is l
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
 
 from agi.core.dht.config import Config
-from agi.core.dht.errors import FolderMismatch, StorageCorrupt
+from agi.core.dht.errors import DHTError, FolderMismatch, StorageCorrupt, StorageError, StorageFull
 from agi.core.dht.storage.base import StorageBackend
 from agi.core.dht.topology import Topology, unpack
 
 T = TypeVar("T")
 
 _IDENTITY, _TOPOLOGY, _VOTE, _BOOTS, _ADDRESSES = "identity", "topology", "vote", "boots", "addresses"
+_ACCEPTOR, _HISTORY = "acceptor", "history"
+
+HISTORY_EPOCHS_MAX = 100
+"""Past epochs that a node remembers, for people."""
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -30,15 +35,46 @@ class Identity(msgspec.Struct, frozen=True):
     run_id: str = ""
 
 
+class Past(msgspec.Struct, frozen=True):
+    """An epoch that this node has adopted."""
+
+    generation: int
+    epoch: int
+    digest: str
+    note: str
+    decided_ms: int
+    voters: tuple[str, ...]
+
+
+class Promise(msgspec.Struct, frozen=True):
+    """What this node, as a voter, may not forget of one epoch (protocol/register.py)."""
+
+    epoch: int
+    promised: tuple[int, int]
+    accepted: tuple[int, int]
+    value: bytes
+
+
 class Ledger:
     """Reads and writes the node's own facts in its store."""
 
     def __init__(self, store: StorageBackend) -> None:
         self._store = store
+        self.on_failed: Callable[[DHTError], None] = lambda error: None
+        """Told when the store failed for good (not merely for want of space): the node cannot go on (D2)."""
 
-    async def open(self, node_id: str, config: Config, rng: random.Random) -> Identity:
+    async def _put(self, name: str, value: bytes) -> None:
+        try:
+            await self._store.put_meta(name, value)
+        except StorageFull:
+            raise
+        except StorageError as error:
+            self.on_failed(error)
+            raise
+
+    async def open(self, node_id: str, config: Config, rng: random.Random, address: str = "") -> Identity:
         """Checks that the folder is this node's, raises its boot counter and stores it before anything else happens
-        (I3). A new folder gets a new disk id. Raises FolderMismatch."""
+        (I3). A new folder gets a new disk id. `address` is where the node is reached now. Raises FolderMismatch."""
         raw = await self._store.get_meta(_IDENTITY)
         run_id = f"{rng.getrandbits(64):016x}"
         if raw is None:
@@ -52,11 +88,11 @@ class Ledger:
             identity = Identity(known.node_id, known.disk_id, known.cluster, known.boot + 1, run_id)
         topology = await self.topology()
         if topology is not None:
-            await self._check_set(config, topology)
-        await self._store.put_meta(_IDENTITY, msgspec.msgpack.encode(identity))
+            await self._check_set(config, topology, address)
+        await self._put(_IDENTITY, msgspec.msgpack.encode(identity))
         return identity
 
-    async def _check_set(self, config: Config, topology: Topology) -> None:
+    async def _check_set(self, config: Config, topology: Topology, own: str) -> None:
         for what, ours, theirs in (
             ("replication factor", config.replication.factor, topology.factor),
             ("virtual nodes", config.ring.virtual_nodes, topology.virtual_nodes),
@@ -66,7 +102,7 @@ class Ledger:
                 raise FolderMismatch(f"the data folder's cluster has {what} {theirs}, the configuration says {ours}")
         raw = await self._store.get_meta(_ADDRESSES)
         known = set(_decode(raw, list[str])) if raw else set()
-        known |= {member.address for member in topology.members}
+        known |= {member.address for member in topology.members} | {own}
         strangers = [address for address in config.cluster.bootstrap_nodes if address not in known]
         if strangers:
             raise FolderMismatch(
@@ -77,17 +113,36 @@ class Ledger:
         raw = await self._store.get_meta(_TOPOLOGY)
         return None if raw is None else unpack(raw)
 
-    async def store_topology(self, topology: Topology, addresses: list[str]) -> None:
+    async def store_topology(self, topology: Topology, addresses: list[str] | None = None) -> None:
         """Durable before anybody hears of it (T2). `addresses` are the names under which the members were reached."""
-        await self._store.put_meta(_ADDRESSES, msgspec.msgpack.encode(addresses))
-        await self._store.put_meta(_TOPOLOGY, topology.packed)
+        if addresses is not None:
+            await self._put(_ADDRESSES, msgspec.msgpack.encode(addresses))
+        past = Past(
+            topology.generation, topology.epoch, topology.digest, topology.note, topology.decided_ms, topology.voters
+        )
+        history = [known for known in await self.history() if known.digest != past.digest]
+        await self._put(_HISTORY, msgspec.msgpack.encode([*history, past][-HISTORY_EPOCHS_MAX:]))
+        await self._put(_TOPOLOGY, topology.packed)
+
+    async def history(self) -> list[Past]:
+        """The epochs that this node has adopted, oldest first."""
+        raw = await self._store.get_meta(_HISTORY)
+        return [] if raw is None else _decode(raw, list[Past])
+
+    async def promise(self) -> Promise | None:
+        raw = await self._store.get_meta(_ACCEPTOR)
+        return None if raw is None else _decode(raw, Promise)
+
+    async def store_promise(self, promise: Promise) -> None:
+        """Durable before the reply that tells of it (D1)."""
+        await self._put(_ACCEPTOR, msgspec.msgpack.encode(promise))
 
     async def vote(self) -> Topology | None:
         raw = await self._store.get_meta(_VOTE)
         return None if raw is None else unpack(raw)
 
     async def store_vote(self, topology: Topology) -> None:
-        await self._store.put_meta(_VOTE, topology.packed)
+        await self._put(_VOTE, topology.packed)
 
     async def boots(self) -> dict[str, int]:
         """The highest boot counter seen of each `node id/disk id`."""
@@ -95,7 +150,7 @@ class Ledger:
         return {} if raw is None else _decode(raw, dict[str, int])
 
     async def store_boots(self, boots: dict[str, int]) -> None:
-        await self._store.put_meta(_BOOTS, msgspec.msgpack.encode(boots))
+        await self._put(_BOOTS, msgspec.msgpack.encode(boots))
 
 
 def _decode(raw: bytes, kind: type[T]) -> T:

@@ -20,6 +20,7 @@ from agi.core.dht.calls import ID_BASE, Calls
 from agi.core.dht.clock import Clock
 from agi.core.dht.config import Config
 from agi.core.dht.coordinator import Coordinator
+from agi.core.dht.epochs import Epochs
 from agi.core.dht.errors import (
     DHTError,
     FrameTooLarge,
@@ -30,6 +31,8 @@ from agi.core.dht.errors import (
     TransportError,
     UnknownDisk,
 )
+from agi.core.dht.gossip import MESSAGES, FailureDetector, StatusCallback
+from agi.core.dht.handoff import Handoff
 from agi.core.dht.hello import KnownBoots, check_hello, own_hello
 from agi.core.dht.identity import Identity, Ledger
 from agi.core.dht.observability.logs import Throttle
@@ -39,6 +42,9 @@ from agi.core.dht.protocol.bootstrap import Bootstrap
 from agi.core.dht.protocol.messages import (
     Delete,
     DeleteReply,
+    EpochAccept,
+    EpochPrepare,
+    EpochReply,
     Get,
     GetReply,
     Hello,
@@ -57,6 +63,8 @@ from agi.core.dht.protocol.messages import (
     ReplicaWriteReply,
     Scan,
     ScanReply,
+    TopologyDigest,
+    TopologyNews,
     WireError,
 )
 from agi.core.dht.protocol.timers import TICK_S
@@ -141,6 +149,7 @@ class Node:
         self._rng = rng
         self._on_fatal = on_fatal
         self._ledger = Ledger(store)
+        self._ledger.on_failed = self.fail
         self._hlc = HLC()
         self._identity: Identity | None = None
         self._bootstrap: Bootstrapper | None = None
@@ -156,7 +165,7 @@ class Node:
         self.replica = Replica(
             store, self._hlc, clock, self.metrics, max_clock_skew_ms=config.versions.max_clock_skew_ms
         )
-        self.replica.on_store_failed = self._fatal
+        self.replica.on_store_failed = self.fail
         self.scanner: Scanner | None = None
         self.peers = Peers(
             seed,
@@ -164,26 +173,45 @@ class Node:
             hello=self.hello,
             check=self.check_hello,
             on_message=self._peer_message,
-            on_connected=self._look_for_quorums,
+            on_connected=self._peer_connected,
             on_lost=self._peer_lost,
-            on_failed=self._fatal,
+            on_failed=self.fail,
             clock=clock,
             rng=rng,
             pool_size=config.network.connection_pool_size,
             hedge_percentile=config.requests.hedge_percentile,
         )
+        self.detector = FailureDetector(node_id, self.peers, config.pace(), clock, rng, self._peer_gone)
         self.calls = Calls(self.peers)
+        self.handoff = Handoff(
+            node_id,
+            store,
+            self.replica,
+            self.peers,
+            self.calls,
+            clock,
+            bytes_max=config.hints.bytes_max_mb << 20,
+            age_max_s=config.hints.age_max_s,
+            bytes_per_s=config.hints.replay_bytes_per_s,
+        )
+        self.detector.on_status(lambda member, status: self.handoff.wake())
         self.queries = Queries(self)
         self._replica_requests = ReplicaRequests(self, self._own)
+        self.epochs = Epochs(self, self._ledger, rng, self._own)
         self._dispatch: dict[type, Handler] = {
             Get: self._get,
             Put: self._put,
             Delete: self._delete,
             Scan: self._scan,
             Query: self._query,
+            EpochPrepare: self.epochs.vote,
+            EpochAccept: self.epochs.vote,
+            TopologyDigest: self.epochs.digest,
+            TopologyNews: self.epochs.news,
             ReplicaRead: self._replica_requests.read,
             ReplicaWrite: self._replica_requests.write,
             ReplicaScan: self._replica_requests.scan,
+            **dict.fromkeys(MESSAGES, self.detector.request),
         }
 
     # --- life
@@ -193,8 +221,9 @@ class Node:
         ConnectFailed where an address cannot be bound."""
         await self.store.open()
         try:
-            self._identity = await self._ledger.open(self.node_id, self.config, self._rng)
+            self._identity = await self._ledger.open(self.node_id, self.config, self._rng, self.address)
             await self._boots.load()
+            await self.handoff.load()
             topology = await self._ledger.topology()
             vote = await self._ledger.vote()
             if topology is not None:
@@ -221,6 +250,8 @@ class Node:
         self._own(self._tick(), "tick")
         self._own(self._sweep(), "sweep")
         self._own(self._boots.keep(), "boots")
+        self._own(self.handoff.save(), "hints")
+        self._own(self.handoff.replay(), "handoff")
 
     def _check_own(self, topology: Topology) -> None:
         assert self._identity is not None
@@ -230,7 +261,8 @@ class Node:
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Refuses new requests, lets those under way finish for up to `drain_s`, then closes everything."""
-        self.stopping = True
+        self.stopping = self.handoff.stopping = True
+        self.detector.leave()
         for listener in self._listeners:
             await listener.close()
         deadline = self.clock.monotonic() + drain_s
@@ -241,17 +273,19 @@ class Node:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self.scanner is not None:
             await self.scanner.stop()
+        self.detector.stop()
         await self.peers.stop()
         for session in list(self._sessions.values()):
             for link in list(session.links):
                 link.close()
         await self.replica.stop()
+        await self.handoff.stop()
         await self.store.close()
 
     def _busy(self) -> bool:
         requests = self.coordinator is not None and self.coordinator.pending > 0
         scans = self._replica_requests.scans > 0 or (self.scanner is not None and self.scanner.pending > 0)
-        return requests or scans or self._queries > 0 or self.replica.unsynced
+        return requests or scans or self._queries > 0 or self.replica.unsynced or self.handoff.busy
 
     def _own(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine, name=name)
@@ -262,9 +296,10 @@ class Node:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.critical("background_task_failed", task=task.get_name(), error=repr(error), exc_info=error)
-            self._fatal(error if isinstance(error, DHTError) else DHTError(f"{task.get_name()} failed: {error!r}"))
+            self.fail(error if isinstance(error, DHTError) else DHTError(f"{task.get_name()} failed: {error!r}"))
 
-    def _fatal(self, error: DHTError) -> None:
+    def fail(self, error: DHTError) -> None:
+        """The node cannot go on; whoever runs it is told."""
         if self.fatal is None:
             self.fatal = error
             self._on_fatal(error)
@@ -288,6 +323,11 @@ class Node:
         return self.topology.epoch if self.topology is not None else 0
 
     @property
+    def known_topology(self) -> Topology:
+        assert self.topology is not None, "the node has not formed"
+        return self.topology
+
+    @property
     def links(self) -> int:
         """Accepted links."""
         return self._links
@@ -296,6 +336,10 @@ class Node:
     def traffic(self) -> Traffic | None:
         """What the data wire has carried."""
         return self._data.traffic
+
+    def on_member_status(self, callback: StatusCallback) -> None:
+        """Calls it with (node id, MemberStatus) whenever this node learns that another's state has changed."""
+        self.detector.on_status(callback)
 
     @property
     def identity(self) -> Identity:
@@ -312,8 +356,8 @@ class Node:
         if self.topology is None:
             return self._bootstrap.reason if self._bootstrap is not None else "starting"
         if self.config.replication.factor > 1:
-            reachable = 1 + len(self.peers.connected)
-            missing = sorted(set(self.peers.all) - set(self.peers.connected))
+            reachable = 1 + len(self.peers.usable)
+            missing = sorted(set(self.peers.all) - set(self.peers.usable))
             if reachable <= len(self.topology.members) - self.topology.replica_count // 2 - 1 and missing:
                 return f"too few peers are connected for quorums: {', '.join(missing)} missing"
         return ""
@@ -358,13 +402,17 @@ class Node:
             self._hlc,
             self.clock,
             self.metrics,
+            hint=self.handoff.missed,
             hedge_budget=config.requests.hedge_budget,
             dedup_entries=config.requests.dedup_entries,
             max_clock_skew_ms=config.versions.max_clock_skew_ms,
             pending_bytes_max=config.requests.pending_bytes_max_mb << 20,
             slow_request_ms=config.observability.slow_request_ms,
         )
-        self.peers.start([member for member in topology.members if member.node_id != self.node_id])
+        self.handoff.adopt(topology)
+        self.detector.start(topology, self.identity.boot)
+        self.epochs.start(topology)
+        self._link_to_members(topology)
         self.formed.set()
         self._look_for_quorums()
         asyncio.get_running_loop().call_later(SETTLE_S, self._settle)
@@ -375,6 +423,21 @@ class Node:
             digest=topology.digest,
             members=[member.node_id for member in topology.members],
         )
+
+    def _link_to_members(self, topology: Topology) -> None:
+        self.peers.adopt([member for member in topology.members if member.node_id != self.node_id])
+
+    def put_in_force(self, topology: Topology) -> None:
+        """A newer topology, already stored, is what this node goes by from now on."""
+        assert self.coordinator is not None and self.scanner is not None and self.ring is not None
+        if topology.placement != self.known_topology.placement:
+            self.ring = topology.ring()
+        self.topology = topology
+        self.coordinator.adopt(topology, self.ring)
+        self.scanner.adopt(topology, self.ring)
+        self.handoff.adopt(topology)
+        self.detector.set_members(topology)
+        self._link_to_members(topology)
 
     def _look_for_quorums(self) -> None:
         if not self._settled and not self.waiting_for:
@@ -535,16 +598,26 @@ class Node:
         self.metrics.frames_received += 1
         coordinator = self.coordinator
         assert coordinator is not None
-        if not isinstance(message, ReplicaReadReply | ReplicaWriteReply | ReplicaScanReply):
-            raise ProtocolMismatch(f"{type(message).__name__} is no reply")
-        if message.id >= ID_BASE:
+        if not isinstance(message, ReplicaReadReply | ReplicaWriteReply | ReplicaScanReply | EpochReply):
+            self.detector.reply(peer, message)
+        elif message.id >= ID_BASE:
             self.calls.reply(peer, message)
         elif isinstance(message, ReplicaReadReply):
             coordinator.replica_read_reply(peer, message)
         elif isinstance(message, ReplicaWriteReply):
             coordinator.replica_write_reply(peer, message)
 
+    def _peer_connected(self, peer: Peer) -> None:
+        self.detector.connected(peer)
+        self.handoff.connected(peer)
+        self._look_for_quorums()
+
     def _peer_lost(self, node_id: str, error: DHTError) -> None:
+        self.detector.lost(node_id)
+        self._peer_gone(node_id, error)
+
+    def _peer_gone(self, node_id: str, error: DHTError) -> None:
+        """Nothing waits for it any more."""
         self.calls.peer_lost(node_id, error)
         if self.coordinator is not None:
             self.coordinator.peer_lost(node_id, error)

@@ -1,8 +1,8 @@
 """This node's links to the others: one for small messages and, for bulk, the rest of a small pool.
 
 Each peer has a task that connects, says hello, waits for the link to break and connects again with backoff. A peer is
-in `connected` exactly while its links are up. Its data address is learnt from its gRPC address each time, since ports
-may change with a restart.
+in `connected` exactly while its links are up, and in `usable` unless it is also held to be dead (gossip.py). Its data
+address is learnt from its gRPC address each time, since ports may change with a restart.
 """
 
 from __future__ import annotations
@@ -38,11 +38,15 @@ class Peer:
     def __init__(self, member: Member, hedge_percentile: float) -> None:
         self.node_id = member.node_id
         self.member = member
+        self.address = member.address
+        """Where it is reached: as the topology says, or as it said itself since."""
         self.links: list[Link] = []
         self.hello: Hello | None = None
         self.latency = Quantile(hedge_percentile, start_s=0.02, floor_s=HEDGE_FLOOR_S)
         self.clock_ms = 0.0
         """The peer's clock less this node's monotonic one, as its last answer told: whose wall clock jumps is seen."""
+        self.gone = False
+        """It is held to be dead or has left: it gets no requests."""
         self.down = asyncio.Event()
         self.wake = asyncio.Event()
         self.woken_by = ""
@@ -82,7 +86,7 @@ class Peers:
         hello: Callable[[], Hello],
         check: Callable[[Hello], None],
         on_message: Callable[[Peer, msgspec.Struct], None],
-        on_connected: Callable[[], None],
+        on_connected: Callable[[Peer], None],
         on_lost: Callable[[str, DHTError], None],
         on_failed: Callable[[DHTError], None],
         clock: Clock,
@@ -104,15 +108,35 @@ class Peers:
         self._hedge_percentile = hedge_percentile
         self.all: dict[str, Peer] = {}
         self.connected: dict[str, Peer] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self.usable: dict[str, Peer] = {}
+        """Those connected that requests may go to."""
+        self.suspects: set[str] = set()
+        """Those that are asked last."""
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._stopping = False
 
-    def start(self, members: list[Member]) -> None:
+    def adopt(self, members: list[Member]) -> None:
+        """The other members from now on: links to new ones are made, those to removed ones end."""
+        for name in set(self.all) - {member.node_id for member in members}:
+            peer = self.all.pop(name)
+            self._tasks.pop(name).cancel()
+            for link in list(peer.links):
+                link.close(LinkClosed(f"{name} is no member any more"))
         for member in members:
-            peer = self.all[member.node_id] = Peer(member, self._hedge_percentile)
-            task = asyncio.get_running_loop().create_task(self._keep(peer), name=f"peer {member.node_id}")
-            self._tasks.append(task)
-            task.add_done_callback(self._ended)
+            known = self.all.get(member.node_id)
+            if known is None:
+                peer = self.all[member.node_id] = Peer(member, self._hedge_percentile)
+                task = asyncio.get_running_loop().create_task(self._keep(peer), name=f"peer {member.node_id}")
+                self._tasks[member.node_id] = task
+                task.add_done_callback(self._ended)
+            elif known.member != member:
+                known.member = member
+                self._moved(known, member.address)
+
+    def _moved(self, peer: Peer, address: str) -> None:
+        if peer.address != address:
+            peer.address = address
+            peer.wake.set()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -123,10 +147,27 @@ class Peers:
         """A peer has said hello on a link of its own: one that has just started or formed is not left to the backoff.
         Once for each, so that two that refuse each other do not keep each other awake."""
         peer = self.all.get(hello.name)
+        if peer is not None:
+            self._moved(peer, hello.address)
         state = f"{hello.run_id}:{bool(hello.topology)}"
         if peer is not None and peer.woken_by != state:
             peer.woken_by = state
             peer.wake.set()
+
+    def judge(self, node_id: str, *, gone: bool, suspect: bool) -> None:
+        """What the failure detector holds of a peer."""
+        peer = self.all.get(node_id)
+        if peer is None:
+            return
+        peer.gone = gone
+        if suspect:
+            self.suspects.add(node_id)
+        else:
+            self.suspects.discard(node_id)
+        if gone:
+            self.usable.pop(node_id, None)
+        elif node_id in self.connected:
+            self.usable[node_id] = peer
 
     def heard_clock(self, peer: Peer, now_ms: int) -> None:
         """What a peer says its clock is."""
@@ -134,14 +175,15 @@ class Peers:
 
     async def stop(self) -> None:
         self._stopping = True
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         for peer in self.all.values():
             for link in peer.links:
                 link.close()
             peer.links = []
         self.connected.clear()
+        self.usable.clear()
 
     async def _keep(self, peer: Peer) -> None:
         backoff_s = BACKOFF_FIRST_S
@@ -166,7 +208,7 @@ class Peers:
     async def _connect(self, peer: Peer) -> None:
         handler = _PeerHandler(self, peer)
         nobody = _Nobody()
-        link, hello = await greet(self._seed, peer.member.address, self._hello(), nobody)
+        link, hello = await greet(self._seed, peer.address, self._hello(), nobody)
         link.close()
         self._identify(peer, hello)
         links: list[Link] = []
@@ -188,11 +230,13 @@ class Peers:
         peer.links = links
         peer.down.clear()
         self.connected[peer.node_id] = peer
-        self._on_connected()
+        if not peer.gone:
+            self.usable[peer.node_id] = peer
+        self._on_connected(peer)
 
     def _identify(self, peer: Peer, hello: Hello) -> None:
         if hello.name != peer.node_id:
-            raise ProtocolMismatch(f"{peer.member.address} answered as {hello.name}, not {peer.node_id}")
+            raise ProtocolMismatch(f"{peer.address} answered as {hello.name}, not {peer.node_id}")
         self._check(hello)
         if not hello.topology:
             raise NotReady(f"{peer.node_id} has not formed yet")
@@ -202,6 +246,7 @@ class Peers:
             return
         links, peer.links = peer.links, []
         self.connected.pop(peer.node_id, None)
+        self.usable.pop(peer.node_id, None)
         for other in links:
             other.close()
         reason = error or LinkClosed(f"{peer.node_id} closed the link")

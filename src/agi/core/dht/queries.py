@@ -32,6 +32,8 @@ class Queries:
             raise NotReady(f"{node.node_id} is not ready: {node.waiting_for}")
         if what == "topology":
             return msgspec.msgpack.encode(self.topology())
+        if what == "history":
+            return msgspec.msgpack.encode([msgspec.to_builtins(past) for past in await node.epochs.history()])
         if what == "stats":
             return msgspec.msgpack.encode(await self.stats())
         if what == "locate" and key:
@@ -62,6 +64,7 @@ class Queries:
                     "data_address": hello.data_address if hello is not None else "",
                     "http_address": hello.http_address if hello is not None else "",
                     "reachable": reachable,
+                    "status": node.detector.status(member.node_id).name,
                 }
             )
         return {
@@ -69,6 +72,9 @@ class Queries:
             "generation": topology.generation,
             "epoch": topology.epoch,
             "digest": topology.digest,
+            "voters": list(topology.voters),
+            "note": topology.note,
+            "decided_ms": topology.decided_ms,
             "factor": topology.factor,
             "virtual_nodes": topology.virtual_nodes,
             "hash_algorithm": topology.hash_algorithm,
@@ -94,8 +100,13 @@ class Queries:
             "keys_exact": stats.exact,
             "bytes": stats.bytes,
             "storage": node.store.name,
+            "hints": {target.node: target.hints for target in node.handoff.hints.pending()},
             "peers": {
-                name: {"connected": name in node.peers.connected, "error": peer.last_error}
+                name: {
+                    "connected": name in node.peers.connected,
+                    "status": node.detector.status(name).name,
+                    "error": peer.last_error,
+                }
                 for name, peer in node.peers.all.items()
             },
         }

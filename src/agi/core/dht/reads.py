@@ -140,8 +140,8 @@ class ReadGroup(ReadQuorum):
 
     def start(self) -> None:
         requests = self.requests
-        me, connected, replicas = requests.me, requests.peers.connected, self.replica_set
-        reachable = [connected[name] for name in replicas if name in connected]
+        me, usable, replicas = requests.me, requests.peers.usable, self.replica_set
+        reachable = [usable[name] for name in replicas if name in usable]
         local = me in replicas
         ask = self.needed - local
         if len(reachable) < ask:
@@ -152,6 +152,8 @@ class ReadGroup(ReadQuorum):
         requests.turn += 1
         if len(reachable) > 1 and requests.turn & 1:
             reachable.reverse()
+        if requests.peers.suspects:
+            reachable.sort(key=lambda peer: peer.node_id in requests.peers.suspects)
         self.id = requests.enter(self, self.operation)
         self.asked[me] = None
         if local:
@@ -173,12 +175,12 @@ class ReadGroup(ReadQuorum):
             self.lost(name, error)
 
     def ask_another(self) -> bool:
-        """Asks a connected replica that was not asked yet; False where there is none."""
-        connected = self.requests.peers.connected
-        for name in self.replica_set:
-            if name not in self.asked and name in connected:
+        """Asks a usable replica that was not asked yet, a suspected one last; False where there is none."""
+        usable = self.requests.peers.usable
+        for name in sorted(self.replica_set, key=self.requests.peers.suspects.__contains__):
+            if name not in self.asked and name in usable:
                 self.hedged = True
-                self._ask(connected[name])
+                self._ask(usable[name])
                 return True
         return False
 
@@ -254,7 +256,7 @@ class ReadGroup(ReadQuorum):
         if replica == requests.me:
             requests.replica.write(REPAIR, keys, records, False, partial(self._repaired_here, replica))
             return
-        peer = requests.peers.connected.get(replica)
+        peer = requests.peers.usable.get(replica)
         try:
             if peer is None:
                 raise LinkClosed(f"{replica} is not connected")
@@ -279,9 +281,9 @@ class ReadGroup(ReadQuorum):
 
     def _repair_elsewhere(self, failed: str) -> None:
         """A stale replica could not be repaired: store the newest records at one that was not asked yet."""
-        connected = self.requests.peers.connected
+        usable = self.requests.peers.usable
         for name in self.replica_set:
-            if name not in self.asked and name in connected:
+            if name not in self.asked and name in usable:
                 indexes, records = self.unrepaired()
                 self.asked[name] = self.waiting[name] = None
                 self.repairs[name] = indexes

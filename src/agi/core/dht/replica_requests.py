@@ -66,7 +66,9 @@ class ReplicaRequests:
             session.member = session.kind == "node" and session.name in topology.by_id
             if not session.member:
                 return HelloRefused(f"{session.name} is not a member of this cluster").to_wire()
-        if epoch != topology.epoch:
+        if not self._node.epochs.covers(epoch):
+            if epoch > topology.epoch and session.member:
+                self._node.epochs.ask(session.name)
             return StaleEpoch(f"{self._node.node_id} is at epoch {topology.epoch}, the message at {epoch}").to_wire()
         return None
 

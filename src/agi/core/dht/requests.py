@@ -37,6 +37,8 @@ KEY_COST_BYTES = 256
 """What a key under way is counted for beyond its value."""
 
 ReplyTo: TypeAlias = Callable[[Message], object]
+Hint: TypeAlias = Callable[[str, list[bytes], list[bytes]], None]
+"""(replica, keys, records): it missed these of an acknowledged write."""
 Part: TypeAlias = tuple[list[int] | None, list[bytes], tuple[str, ...]]
 """A part of a batch with one replica set: places in the batch (None: all of it), keys, replicas."""
 
@@ -78,6 +80,7 @@ class Requests:
     """The coordinator's books.
 
     Args:
+        hint: told what a replica missed.
         first_id: ids start above it; another at each start of the node, so that no late reply meets a stranger.
         pending_bytes_max: keys and values of unfinished requests; past it requests fail with Overloaded.
         slow_s: operations that took at least this long are logged; 0 for none.
@@ -93,28 +96,34 @@ class Requests:
         clock: Clock,
         metrics: Metrics,
         *,
+        hint: Hint,
         first_id: int,
         pending_bytes_max: int,
         slow_s: float,
     ) -> None:
         self.me = me
-        self.epoch = topology.epoch
         self.replica = replica
         self.peers = peers
         self.clock = clock
         self.metrics = metrics
+        self.hint = hint
         self.pending: dict[int, Group] = {}
         self.turn = 0
-        self._ring = ring
-        self._all = tuple(member.node_id for member in topology.members)
-        self._everywhere = topology.replica_count == len(topology.members)
-        self._needed = {level: level.needed(topology.replica_count) for level in Consistency}
+        self.adopt(topology, ring)
         self._ids = first_id
         self._bytes = 0
         self._bytes_max = pending_bytes_max
         self._wheel: TimerWheel[int] = TimerWheel(clock.monotonic())
         self._slow_s = slow_s or float("inf")
         self._slow = Throttle()
+
+    def adopt(self, topology: Topology, ring: Ring) -> None:
+        """New requests go by this topology; those under way keep the replica sets that they began with."""
+        self.epoch = topology.epoch
+        self._ring = ring
+        self._all = tuple(member.node_id for member in topology.members)
+        self._everywhere = topology.replica_count == len(topology.members)
+        self._needed = {level: level.needed(topology.replica_count) for level in Consistency}
 
     def needed(self, consistency: int) -> int:
         """Replicas that a level waits for. Raises InvalidConsistency."""

@@ -64,6 +64,17 @@ class Scanner:
         metrics: Metrics,
     ) -> None:
         self._me = node_id
+        self.adopt(topology, ring)
+        self._replica = replica
+        self._peers = peers
+        self._calls = calls
+        self._clock = clock
+        self._metrics = metrics
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._turn = 0
+
+    def adopt(self, topology: Topology, ring: Ring) -> None:
+        """New scans go by this topology."""
         self._epoch = topology.epoch
         self._replica_count = topology.replica_count
         self._everyone = tuple(member.node_id for member in topology.members)
@@ -72,13 +83,6 @@ class Scanner:
         self._sets: list[tuple[str, ...]] = (
             [self._everyone] if self._everywhere else sorted({p.replicas for p in ring.partitions()})
         )
-        self._replica = replica
-        self._peers = peers
-        self._calls = calls
-        self._clock = clock
-        self._metrics = metrics
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._turn = 0
 
     def scan(self, request: Scan, reply: Callable[[Message], object], trace: str) -> None:
         """Answers with one ScanReply by the deadline."""
@@ -166,7 +170,8 @@ class Scanner:
         self._turn += 1
         turn = self._turn % len(self._everyone)
         others = [name for name in self._everyone[turn:] + self._everyone[:turn] if name != self._me]
-        candidates = [self._me, *(name for name in others if name in self._peers.connected)]
+        others.sort(key=self._peers.suspects.__contains__)
+        candidates = [self._me, *(name for name in others if name in self._peers.usable)]
         pages: dict[str, Page] = {}
         failed: dict[str, DHTError] = {}
         while True:

@@ -382,7 +382,10 @@ class Service(DHTServicer):
             started_at_ms=self._started_at_ms,
             peers=[
                 pb.StatusResponse.Peer(
-                    node_id=name, address=peer.member.address, connected=name in node.peers.connected
+                    node_id=name,
+                    address=peer.member.address,
+                    connected=name in node.peers.connected,
+                    status=pb.MemberStatus.Value(f"MEMBER_STATUS_{node.detector.status(name).name}"),
                 )
                 for name, peer in sorted(node.peers.all.items())
             ],

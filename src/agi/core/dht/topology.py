@@ -6,6 +6,7 @@ member sets give equal bytes and so equal hashes: nodes compare topologies by `d
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -30,7 +31,14 @@ class Member(msgspec.Struct, frozen=True, array_like=True, order=True):
 
 
 class Topology(msgspec.Struct, frozen=True, array_like=True, dict=True):
-    """One epoch. Build it with `first`; members are sorted by node id."""
+    """One epoch. Build it with `first` or `next`; members are sorted by node id.
+
+    Attributes:
+        generation: raised only where an operator starts anew after a majority of voters was lost (T12).
+        voters: the nodes that decide the next epoch: 1, 3 or 5 of the `normal` members (T1).
+        lineage: the digest of the first epoch, empty there: epochs of two clusters are never compared by number alone.
+        note, decided_ms: for people: what this epoch changed, and when.
+    """
 
     cluster: str
     generation: int
@@ -39,13 +47,49 @@ class Topology(msgspec.Struct, frozen=True, array_like=True, dict=True):
     virtual_nodes: int
     hash_algorithm: str
     members: tuple[Member, ...]
+    voters: tuple[str, ...] = ()
+    lineage: str = ""
+    note: str = ""
+    decided_ms: int = 0
 
     @classmethod
     def first(
         cls, cluster: str, factor: int, virtual_nodes: int, hash_algorithm: str, members: Sequence[Member]
     ) -> Topology:
-        """Epoch 1 over these members."""
-        return cls(cluster, 1, 1, factor, virtual_nodes, hash_algorithm, tuple(sorted(members)))
+        """Epoch 1 over these members. Equal members give equal bytes, whoever builds it."""
+        ordered = tuple(sorted(members))
+        voters = choose_voters(ordered, ())
+        return cls(cluster, 1, 1, factor, virtual_nodes, hash_algorithm, ordered, voters, note="formed")
+
+    def next(self, members: Sequence[Member], note: str, now_ms: int) -> Topology:
+        """The epoch after this one, with these members. Voters that are still normal members stay."""
+        ordered = tuple(sorted(members))
+        return msgspec.structs.replace(
+            self,
+            epoch=self.epoch + 1,
+            members=ordered,
+            voters=choose_voters(ordered, self.voters),
+            lineage=self.origin,
+            note=note,
+            decided_ms=now_ms,
+        )
+
+    @property
+    def origin(self) -> str:
+        """What all epochs of one cluster have in common."""
+        return self.lineage or self.digest
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """The greater one replaces the other (T12)."""
+        return self.generation, self.epoch
+
+    @cached_property
+    def placement(self) -> str:
+        """A digest of what decides who holds which key: epochs in which no replica set changed have the same (T3)."""
+        members = [(m.node_id, m.disk_id, m.weight, m.rack, m.zone, m.state) for m in self.members]
+        what = (self.factor, self.virtual_nodes, self.hash_algorithm, members)
+        return str(xxhash.xxh3_128_hexdigest(msgspec.msgpack.encode(what)))
 
     @cached_property
     def packed(self) -> bytes:
@@ -81,6 +125,24 @@ class Topology(msgspec.Struct, frozen=True, array_like=True, dict=True):
                 if name in seen:
                     raise ClusterError(f"two members have the {field} {name!r}")
                 seen[name] = member
+
+
+def choose_voters(members: Sequence[Member], kept: Sequence[str]) -> tuple[str, ...]:
+    """5, 3 or 1 of the normal members, as there are members; `kept` ones first, then spread over zones and racks.
+
+    >>> nodes = [Member(f"n{i}", "d", f"h:{7000 + i}", zone=f"z{i % 2}") for i in range(4)]
+    >>> choose_voters(nodes, ()), choose_voters(nodes[1:], ("n0", "n1", "n2"))
+    (('n0', 'n1', 'n2'), ('n1', 'n2', 'n3'))
+    """
+    normal = {member.node_id: member for member in members if member.state == "normal"}
+    count = 5 if len(normal) >= 5 else 3 if len(normal) >= 3 else min(1, len(normal))
+    chosen = [normal[name] for name in kept if name in normal][:count]
+    while len(chosen) < count:
+        zones = Counter(member.zone for member in chosen)
+        racks = Counter((member.zone, member.rack) for member in chosen)
+        left = [member for member in normal.values() if member not in chosen]
+        chosen.append(min(left, key=lambda m: (zones[m.zone], racks[m.zone, m.rack], m.node_id)))
+    return tuple(sorted(member.node_id for member in chosen))
 
 
 def unpack(data: bytes) -> Topology:

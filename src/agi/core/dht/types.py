@@ -46,6 +46,18 @@ class Consistency(enum.IntEnum):
         raise InvalidConsistency(f"unknown consistency {value!r}: use ONE, QUORUM or ALL")
 
 
+class MemberStatus(enum.IntEnum):
+    """What the failure detector holds of a member. Of two claims about one incarnation the greater one counts."""
+
+    ALIVE = 0
+    SUSPECT = 1
+    """It did not answer. Unless it is heard of in time it is declared dead; meanwhile it is used as a last choice."""
+    DEAD = 2
+    """Nothing is sent to it but an occasional probe, until it answers."""
+    LEFT = 3
+    """It was stopped in order."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A live record as `get_entry` returns it. Times are milliseconds since the Unix epoch.

@@ -142,18 +142,23 @@ class Writes:
 
 
 class WriteGroup(WriteQuorum):
-    """Keys of a batch with one replica set, and their quorum. It stays until every replica has answered or failed."""
+    """Keys of a batch with one replica set, and their quorum. It stays until every replica has answered or failed.
+
+    What a replica did not take of an acknowledged batch becomes a hint for it, at the answer or when it fails."""
 
     __slots__ = (
+        "acknowledged",
         "answered",
         "deferred",
         "id",
         "keys",
+        "missed",
         "operation",
         "places",
         "records",
         "replica_set",
         "requests",
+        "restamped",
         "waiting",
         "writes",
     )
@@ -177,22 +182,26 @@ class WriteGroup(WriteQuorum):
         self.replica_set = replicas
         self.waiting: dict[str, None] = {}
         self.records: list[bytes] = []
+        self.acknowledged = False
         self.answered = False
         self.deferred = False
+        self.missed: list[str] | None = None
+        self.restamped: list[int] | None = None
         self.id = 0
 
     def start(self) -> None:
         requests, operation = self.requests, self.operation
-        me, connected, waiting = requests.me, requests.peers.connected, self.waiting
+        me, usable, waiting = requests.me, requests.peers.usable, self.waiting
         targets = []
         for name in self.replica_set:
             if name == me:
                 waiting[me] = None
-            elif name in connected:
+            elif name in usable:
                 waiting[name] = None
-                targets.append(connected[name])
+                targets.append(usable[name])
             else:
                 self.failures += 1
+                self._miss(name)
         local = me in waiting
         if operation.attempts:
             self.maybe = 1  # an earlier stamp of these keys may have been stored somewhere
@@ -290,6 +299,8 @@ class WriteGroup(WriteQuorum):
     def expired(self) -> None:
         if not self.answered:
             self._done(self.shortfall("no quorum by the deadline"))
+        for silent in self.waiting:
+            self._miss(silent)
         self.waiting.clear()
         self.requests.pending.pop(self.id, None)
 
@@ -299,10 +310,28 @@ class WriteGroup(WriteQuorum):
         del self.waiting[replica]
         self.requests.metrics.replica_errors += 1
         self.add_failure(error, maybe_stored=maybe_stored)
+        self._miss(replica)
         if self.deferred and list(self.waiting) == [self.requests.me]:
             self.waiting.clear()  # nobody took it, so this node does not either
             self.add_failure(error, maybe_stored=False)
         self._step()
+
+    def _miss(self, replica: str) -> None:
+        """A replica does not take the batch: if that is acknowledged, it gets a hint, now or then."""
+        if self.acknowledged:
+            self._hint(replica)
+        elif self.missed is None:
+            self.missed = [replica]
+        else:
+            self.missed.append(replica)
+
+    def _hint(self, replica: str) -> None:
+        keys, records = self.keys, self.records
+        if self.restamped is not None:  # those are written again, and hinted then
+            kept = sorted(set(range(len(keys))).difference(self.restamped))
+            keys, records = [keys[i] for i in kept], [records[i] for i in kept]
+        if keys:
+            self.requests.hint(replica, keys, records)
 
     def _step(self) -> None:
         if not self.answered:
@@ -321,7 +350,7 @@ class WriteGroup(WriteQuorum):
         operation.attempts += 1
         self.requests.metrics.restamps += len(restamp)
         self.writes.hlc.observe(max(hlc for _, hlc in restamp))
-        indexes = [index for index, _ in restamp]
+        indexes = self.restamped = [index for index, _ in restamp]
         places = indexes if self.places is None else [self.places[i] for i in indexes]
         if operation.attempts > RESTAMPS_MAX:
             operation.fail(places, OutcomeUnknown(f"other writers were faster {RESTAMPS_MAX} times"))
@@ -339,14 +368,19 @@ class WriteGroup(WriteQuorum):
             if self.places is None:
                 operation.results = [None] * len(self.keys)
             operation.fail(range(len(self.keys)) if self.places is None else self.places, outcome)
-        elif self.places is None:
-            operation.results = list(self.records)
         else:
-            for place, record in zip(self.places, self.records, strict=True):
-                operation.results[place] = record
+            self.acknowledged = True
+            if self.places is None:
+                operation.results = list(self.records)
+            else:
+                for place, record in zip(self.places, self.records, strict=True):
+                    operation.results[place] = record
         operation.left -= 1
         if not operation.left:
             self.writes.answer(operation)
+        if self.missed is not None and self.acknowledged:
+            for replica in self.missed:
+                self._hint(replica)
 
 
 def _came_to_nothing(known: WriteOperation | PutReply | DeleteReply) -> bool:

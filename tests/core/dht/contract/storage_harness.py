@@ -14,6 +14,7 @@ import pytest
 import xxhash
 
 from agi.core.dht.protocol import record as records
+from agi.core.dht.protocol.hints import Hint
 from agi.core.dht.storage.base import Batch, StorageBackend, WalSync
 from agi.core.dht.storage.memory import MemoryStore
 from agi.core.dht.storage.redis import RedisStore
@@ -40,6 +41,25 @@ def inserts(content: Mapping[bytes, bytes]) -> Batch:
 
 def many(count: int, prefix: bytes = b"key:") -> dict[bytes, bytes]:
     return {key: rec(key, b"value of " + key, hlc=at + 1) for at in range(count) for key in [b"%b%06d" % (prefix, at)]}
+
+
+def hint(number: int, node: str = "n1", value: bytes = b"v") -> Hint:
+    key = b"k%06d" % number
+    return Hint(node, "disk", 3, number, 1000 + number, key, rec(key, value, hlc=number, expires_ms=7))
+
+
+async def all_hints(store: StorageBackend, limit: int = 100) -> tuple[list[Hint], list[bytes]]:
+    """The hints of a store in their order, and the names of what is damaged, page by page."""
+    hints: dict[bytes, Hint] = {}
+    damaged: list[bytes] = []
+    start = b""
+    while True:
+        page = await store.load_hints(start, limit)
+        hints |= {found.name: found for found in page.hints}
+        damaged += page.damaged
+        start = page.next
+        if not start:
+            return sorted(hints.values(), key=lambda found: found.number), damaged
 
 
 class RedisServer:
@@ -100,6 +120,17 @@ class Site:
         self._folder = folder / f"store{next(_numbers)}"
         self.redis_url = redis_url
         self._prefix = f"node{next(_numbers)}"
+
+    async def damage_hint(self, store: StorageBackend, name: bytes) -> None:
+        """Flips a bit of a stored hint behind the store's back; the memory store has no such place."""
+        if isinstance(store, RocksStore):
+            family = store._open_engine().hints
+            packed = family[name]
+            family[name] = packed[:-1] + bytes([packed[-1] ^ 1])
+        elif isinstance(store, RedisStore):
+            client = store._open_client()
+            packed = await client.hget(store._hints, name)  # type: ignore[misc]  # redis-py's types know no awaiting
+            await client.hset(store._hints, name, packed[:-1] + bytes([packed[-1] ^ 1]))  # type: ignore[misc]
 
     def make(self) -> StorageBackend:
         if self.kind == "memory":

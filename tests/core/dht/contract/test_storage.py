@@ -16,7 +16,9 @@ from storage_harness import (
     Site,
     all_by_key,
     all_by_token,
+    all_hints,
     by_token,
+    hint,
     inserts,
     many,
     rec,
@@ -329,6 +331,65 @@ async def test_meta_is_apart_from_records(store: StorageBackend) -> None:
     assert await all_by_key(store, 10) == []
 
 
+async def test_hints_are_apart_from_records_and_found_whole(store: StorageBackend) -> None:
+    assert await all_hints(store) == ([], [])
+    kept = [hint(1), hint(2, "n2"), hint(3)]
+    await store.save_hints(kept, [])
+    assert await all_hints(store) == (kept, [])
+    assert await store.count() == Count(0, True)
+    assert await all_by_key(store, 10) == await all_by_token(store, 0, TOKEN_MAX, 10) == []
+    assert await store.get(kept[0].key) is None
+    await store.apply(inserts(many(10)))
+    await store.put_meta("identity", b"me")
+    assert await all_hints(store) == (kept, [])
+
+
+async def test_a_hint_is_replaced_by_name_and_removed_by_name(store: StorageBackend) -> None:
+    old, other = hint(1), hint(1, "n2")
+    await store.save_hints([old, other], [])
+    newer = hint(1, value=b"newer")
+    newer.number = 9
+    await store.save_hints([newer], [])
+    assert await all_hints(store) == ([other, newer], [])
+    await store.save_hints([hint(2)], [newer.name, b"never there" * 3])
+    assert await all_hints(store) == ([other, hint(2)], [])
+    await store.save_hints([], [other.name, hint(2).name], synced=True)
+    await store.save_hints([], [])
+    assert await all_hints(store) == ([], [])
+
+
+async def test_many_hints_are_loaded_in_pages(store: StorageBackend) -> None:
+    kept = [hint(number, f"n{number % 3}") for number in range(2000)]
+    for at in range(0, 2000, 500):
+        await store.save_hints(kept[at : at + 500], [])
+    assert await all_hints(store, 64) == (kept, [])
+    await store.save_hints([], [each.name for each in kept[:1990]])
+    assert await all_hints(store, 3) == (kept[1990:], [])
+
+
+async def test_a_damaged_hint_is_named_and_not_returned(site: Site, store: StorageBackend) -> None:
+    if not site.keeps:
+        pytest.skip("nothing that is read again can be damaged in it")
+    kept = [hint(number) for number in range(5)]
+    await store.save_hints(kept, [])
+    await site.damage_hint(store, kept[2].name)
+    assert await all_hints(store, 2) == (kept[:2] + kept[3:], [kept[2].name])
+    await store.save_hints([], [kept[2].name])
+    assert await all_hints(store) == (kept[:2] + kept[3:], [])
+
+
+async def test_hints_are_there_after_reopening(site: Site) -> None:
+    store = site.make()
+    await store.open()
+    await store.save_hints([hint(1), hint(2)], [])
+    await store.save_hints([hint(3)], [hint(1).name])
+    await store.close()
+    again = site.make()
+    await again.open()
+    assert await all_hints(again) == ([hint(2), hint(3)] if site.keeps else [], [])
+    await again.close()
+
+
 async def test_what_persists_is_there_after_reopening(site: Site) -> None:
     store = site.make()
     assert store.persistent == site.keeps
@@ -373,6 +434,8 @@ async def test_a_closed_store_says_so(site: Site, when: str) -> None:
         store.stats(),
         store.get_meta("a"),
         store.put_meta("a", b""),
+        store.save_hints([hint(1)], []),
+        store.load_hints(b"", 1),
     ):
         with pytest.raises(StorageClosed):
             await call

@@ -123,3 +123,30 @@ async def test_a_stop_and_a_kill_lose_nothing_that_was_acknowledged(tmp_path: Pa
             await whole(client)
         found = await client.get_many([f"k{at}" for at in range(written)])
         assert set(found.values()) == {b"v"} and len(found) == written
+
+
+async def test_a_node_that_comes_back_at_another_port_is_found_there(tmp_path: Path) -> None:
+    """Its folder is the same, so it is the same node; the others learn its address by a decided epoch."""
+    async with LocalCluster(3, tmp_path) as cluster, DHTClient() as client:
+        await client.connect(cluster.addresses)
+        await client.put("k", b"v", consistency="ALL")
+        await cluster.kill(1)
+        with held_ports(1) as (port,):
+            arguments = ["--node-id", "n1", "--port", port, "--path", tmp_path / "n1"]
+            arguments += [
+                "--peers",
+                f"{cluster.addresses[0]},{cluster.addresses[2]}",
+                "--set",
+                "network.reuse_port=true",
+            ]
+            async with node(tmp_path, *arguments, name="moved", storage="rocksdb"), asyncio.timeout(WAIT_S):
+                while (topology := await client.topology())["epoch"] < 2:  # noqa: ASYNC110  # nobody tells
+                    await asyncio.sleep(0.02)
+                [moved] = [member for member in topology["members"] if member["node_id"] == "n1"]
+                assert moved["address"] == f"127.0.0.1:{port}"
+                await whole(client)
+                assert await client.put("k", b"w", consistency="ALL") > 0
+                await cluster.kill(0)  # the node that moved is needed now
+                assert await client.get("k") == b"w"
+                history = await client.history()
+                assert [past["epoch"] for past in history] == [1, 2] and "n1 moved" in history[1]["note"]

@@ -10,22 +10,30 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from agi.core.dht import node
+from agi.core.dht import handoff, node
 from agi.core.dht.errors import Unavailable
+from agi.core.dht.identity import Ledger
+from agi.core.dht.protocol import dissemination
 from agi.core.dht.protocol.bootstrap import Bootstrap, StoreVote
 from agi.core.dht.protocol.commit import GroupCommit
 from agi.core.dht.protocol.dedup import RequestTable
+from agi.core.dht.protocol.messages import Claim
 from agi.core.dht.protocol.quorum import ReadQuorum, WriteQuorum
+from agi.core.dht.protocol.register import Proposer, Reply, State
 from agi.core.dht.protocol.versioning import writer_id
+from agi.core.dht.replica import Replica
 from agi.core.dht.testing.formation import run_formation
 from agi.core.dht.testing.report import Report
 from agi.core.dht.testing.scenario import Profile
 from agi.core.dht.testing.trial import run_seed
+from agi.core.dht.topology import Topology
+from agi.core.dht.types import MemberStatus
+from agi.core.dht.writes import WriteGroup
 
 SEEDS_MAX = 200
 """Within so many seeds of `make sim` each planted bug has to be caught."""
@@ -139,6 +147,80 @@ def _unknown_as_failed() -> AbstractContextManager[Any]:
     return mock.patch.object(WriteQuorum, "shortfall", shortfall)
 
 
+def _epoch_by_one_voter() -> AbstractContextManager[Any]:
+    return mock.patch.object(Proposer, "_quorum", lambda self, answered: bool(answered))
+
+
+def _vote_not_persisted() -> AbstractContextManager[Any]:
+    async def store_promise(self: Ledger, promise: Any) -> None:
+        return None
+
+    return mock.patch.object(Ledger, "store_promise", store_promise)
+
+
+def _epoch_not_persisted() -> AbstractContextManager[Any]:
+    real = Ledger.store_topology
+
+    async def store_topology(self: Ledger, topology: Topology, addresses: Any = None) -> None:
+        if addresses is not None:  # the first one
+            await real(self, topology, addresses)
+
+    return mock.patch.object(Ledger, "store_topology", store_topology)
+
+
+def _found_value_ignored() -> AbstractContextManager[Any]:
+    real = Proposer.promised
+
+    def promised(self: Proposer, acceptor: str, reply: Reply) -> Any:
+        return real(self, acceptor, Reply(reply.granted, State(reply.state.promised)))
+
+    return mock.patch.object(Proposer, "promised", promised)
+
+
+def _dead_incarnation_revived() -> AbstractContextManager[Any]:
+    real = dissemination.newer
+
+    def newer(one: Claim, other: Claim) -> bool:
+        revives = one.status is MemberStatus.ALIVE and other.status is MemberStatus.DEAD and one.boot == other.boot
+        return revives or real(one, other)
+
+    return mock.patch.object(dissemination, "newer", newer)
+
+
+def _suspicion_never_refuted() -> AbstractContextManager[Any]:
+    return mock.patch.object(dissemination.Dissemination, "_answer", lambda self, claim: None)
+
+
+def _hint_overwrites_newer_record() -> AbstractContextManager[Any]:
+    """Hints come in a mode of their own, and what comes in it is stored whatever is there."""
+    forced = 9
+    real = Replica._merge
+
+    def merge(self: Replica, mode: int, keys: Any, records: Any, headers: Any, want_live: bool) -> Any:
+        if mode != forced:
+            return real(self, mode, keys, records, headers, want_live)
+        new = [key for key, header in zip(keys, headers, strict=True) if header is None]
+        return dict(zip(keys, records, strict=True)), new, None, None
+
+    patches = ExitStack()
+    patches.enter_context(mock.patch.object(handoff, "REPAIR", forced))
+    patches.enter_context(mock.patch.object(Replica, "_merge", merge))
+    return patches
+
+
+def _hint_of_a_failed_write() -> AbstractContextManager[Any]:
+    real = WriteGroup._done
+
+    def done(self: WriteGroup, outcome: Any) -> None:
+        real(self, outcome)
+        if not self.acknowledged:
+            self.records = self.records or self._stamp(None)
+            for replica in self.missed or ():
+                self._hint(replica)
+
+    return mock.patch.object(WriteGroup, "_done", done)
+
+
 MUTANTS = (
     Mutant("w-is-one", "a write is acknowledged by W replicas", _w_is_one, Profile.NETWORK),
     Mutant("ack-before-persist", "D1: persist before send", _acknowledge_before_persist, Profile.POWER),
@@ -149,6 +231,14 @@ MUTANTS = (
     Mutant("no-deduplication", "a write that arrives twice takes effect once", _no_deduplication, Profile.NETWORK),
     Mutant("unknown-as-failed", "D3: Unavailable only if nothing was stored", _unknown_as_failed, Profile.CHAOS),
     Mutant("vote-before-persist", "D1: a vote is durable before others hear of it", _vote_before_persist, None),
+    Mutant("epoch-by-one-voter", "T1: a majority of voters decides an epoch", _epoch_by_one_voter, Profile.CHAOS),
+    Mutant("vote-not-persisted", "D1: a voter's promise is durable first", _vote_not_persisted, Profile.CHAOS),
+    Mutant("epoch-not-persisted", "T2: an epoch is durable before it counts", _epoch_not_persisted, Profile.CHAOS),
+    Mutant("found-value-ignored", "an accepted value is proposed again", _found_value_ignored, Profile.CHAOS),
+    Mutant("dead-is-revived", "an old claim does not revive the dead", _dead_incarnation_revived, Profile.NETWORK),
+    Mutant("never-refuted", "an accused node refutes", _suspicion_never_refuted, Profile.NETWORK),
+    Mutant("hint-overwrites", "a hint never replaces a newer record", _hint_overwrites_newer_record, Profile.NETWORK),
+    Mutant("hint-of-failure", "D3: a failed write leaves no hint", _hint_of_a_failed_write, Profile.NETWORK),
     Mutant("formed-by-majority", "T11: all of the listed nodes decide epoch 1", _formed_by_majority, None),
 )
 

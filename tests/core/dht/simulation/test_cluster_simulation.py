@@ -15,7 +15,8 @@ import pytest
 from mutants import MUTANTS, Mutant, hunt
 
 from agi.core.dht.errors import LinkClosed
-from agi.core.dht.protocol.messages import Hello, Query, ReplicaWrite
+from agi.core.dht.identity import Ledger, Promise
+from agi.core.dht.protocol.messages import EpochPrepare, EpochReply, Hello, Query, ReplicaWrite, TopologyNews
 from agi.core.dht.protocol.record import pack
 from agi.core.dht.testing import (
     Profile,
@@ -31,6 +32,7 @@ from agi.core.dht.testing import (
 )
 from agi.core.dht.testing import run as command
 from agi.core.dht.testing.report import MUST_HAPPEN
+from agi.core.dht.topology import Member, Topology
 from agi.core.dht.transport.base import Link
 from agi.core.dht.types import PROTOCOL_VERSION
 
@@ -51,6 +53,8 @@ def test_no_seed_violates_a_guarantee(first: int) -> None:
     assert [name for name in MUST_HAPPEN if not counts[name]] == []
     assert counts["acknowledged"] > 50 * CHUNK, "the clusters hardly did anything"
     assert counts["read repairs"] and counts["restamps"] and counts["wiped"] and counts["formed"] > 2 * CHUNK
+    assert counts["declared dead"] and counts["of these refuted"]
+    assert counts["hints"] > 100 and counts["hints replayed"] > 100
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
@@ -153,8 +157,31 @@ def test_a_hello_that_tells_of_what_is_not_durable_is_found() -> None:
         assert disk.durable_meta("vote") == b"v"
         watch("n1", "n2", _hello(vote=b"v"))
         assert len(cluster.findings) == 1
-        watch("n1", "n2", _hello(vote=b"v", topology=b"t"))
-        assert "topology" in cluster.findings[-1].text
+        first = Topology.first("dht", 3, 8, "xxh3", [Member("n1", "d", "n1:7000")])
+        second = first.next(first.members, "second", 0)
+        watch("n1", "n2", _hello(vote=b"v", topology=first.packed))
+        assert "epoch 1" in cluster.findings[-1].text and len(cluster.findings) == 2
+        await store.put_meta("topology", second.packed)
+        watch("n1", "n2", _hello(vote=b"v", topology=first.packed))  # it has adopted the second while this left
+        watch("n1", "n2", TopologyNews(second.packed))
+        assert len(cluster.findings) == 2
+        watch("n2", "n1", TopologyNews(first.next(first.members, "another", 0).packed))
+        assert [finding.check for finding in cluster.findings[2:]] == ["one epoch", "durable"]
+
+
+def test_a_vote_that_is_told_of_before_it_is_durable_is_found() -> None:
+    async def body(cluster: SimCluster) -> None:
+        store = cluster.disks["n1"].store()
+        await store.open()
+        watch = cluster.network.policy
+        watch("n2", "n1", EpochPrepare(1, 2, (5, 1), b""))
+        await Ledger(store).store_promise(Promise(2, (4, 1), (0, 0), b""))
+        watch("n1", "n2", EpochReply(1, True, (5, 1)))
+        assert [finding.check for finding in cluster.findings] == ["durable"]
+        await Ledger(store).store_promise(Promise(2, (5, 1), (0, 0), b""))
+        watch("n1", "n2", EpochReply(1, True, (5, 1)))
+        watch("n1", "n2", EpochReply(1, False, (9, 1)))
+        assert len(cluster.findings) == 1
 
     _in_cluster(body)
 

@@ -28,8 +28,10 @@ class NodeSamples:
     def collect(self) -> Iterator[Metric]:
         yield from self._requests()
         yield from self._replica()
+        yield from self._hints()
         yield from self._wires()
         yield from self._cluster()
+        yield from self._health()
         if self._store is not None:
             yield from self._storage(self._store)
         yield _gauge("dht_store_up", "Whether the store answered this scrape.", float(self._store is not None))
@@ -75,6 +77,25 @@ class NodeSamples:
         yield _histograms("dht_group_commit_records", "Records of one group commit.", "", {"": metrics.group_commits})
         yield _histograms("dht_sync_duration_seconds", "Time of one sync of the log.", "", {"": metrics.sync_latency})
 
+    def _hints(self) -> Iterator[Metric]:
+        handoff = self._node.handoff
+        pending = handoff.hints.pending()
+        held = GaugeMetricFamily("dht_hints", "Records kept for a node that missed them.", labels=["target"])
+        size = GaugeMetricFamily("dht_hint_bytes", "What they count for in hints.bytes_max_mb.", labels=["target"])
+        for target in pending:
+            held.add_metric([target.node], target.hints)
+            size.add_metric([target.node], target.bytes)
+        yield held
+        yield size
+        oldest_ms = min((target.oldest_ms for target in pending), default=None)
+        age_s = 0.0 if oldest_ms is None else max(0, self._node.clock.wall_ms() - oldest_ms) / 1000
+        yield _gauge("dht_hint_oldest_age_seconds", "Age of the oldest hint; 0 where there is none.", age_s)
+        yield _counter("dht_hints_stored", "Hints taken.", handoff.hints.stored)
+        yield _counter("dht_hints_replayed", "Hints that their targets confirmed.", handoff.hints.replayed)
+        yield _counter("dht_hint_replay_bytes", "Keys and records sent as hints.", handoff.replayed_bytes)
+        dropped = {why.value: count for why, count in handoff.hints.dropped.items()}
+        yield _counters("dht_hints_dropped", "Hints given up, by reason.", "reason", dropped)
+
     def _wires(self) -> Iterator[Metric]:
         yield _counter(
             "dht_frames_received", "Messages that arrived, on all wires.", self._node.metrics.frames_received
@@ -98,6 +119,24 @@ class NodeSamples:
         info = GaugeMetricFamily("dht_node_info", "Always 1.", labels=["node_id", "storage", "protocol"])
         info.add_metric([node.node_id, node.store.name, str(PROTOCOL_VERSION)], 1)
         yield info
+
+    def _health(self) -> Iterator[Metric]:
+        detector = self._node.detector
+        core = detector.core
+        if core is None:
+            return
+        members = GaugeMetricFamily("dht_members", "Members by what this node holds of them.", labels=["status"])
+        for status, count in core.view.counts.items():
+            members.add_metric([status.name.lower()], count)
+        yield members
+        yield _gauge("dht_health_score", "Doubt of this node in itself; 0 is healthy.", core.awareness.score)
+        yield _counter("dht_probes", "Members probed.", core.probes)
+        yield _counter("dht_probes_failed", "Probes that nobody answered, helpers included.", core.failed_probes)
+        yield _counter("dht_suspicions", "Members that this node was the first to suspect.", core.suspicions)
+        yield _counter("dht_refutations", "Accusations of this node that it refuted.", core.refutations)
+        yield _counter("dht_false_deaths", "Members held to be dead that then refuted it.", core.false_deaths)
+        yield _counter("dht_gossip_messages", "Messages sent by the failure detector.", detector.messages)
+        yield _counter("dht_gossip_bytes", "Bytes of these.", detector.bytes)
 
     def _storage(self, store: StoreStats) -> Iterator[Metric]:
         keys = GaugeMetricFamily("dht_keys", "Records held, tombstones included.", labels=["exact"])

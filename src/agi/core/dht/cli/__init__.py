@@ -3,7 +3,7 @@
     agi-dht serve | demo | bench           run nodes
     agi-dht get | put | delete | scan      single keys and ranges
     agi-dht load | dump                    folders and JSON Lines files, in and out
-    agi-dht status | ring | locate         the cluster
+    agi-dht status | topology | ring | locate   the cluster
     agi-dht config check | show            settings
 
 What was asked for goes to stdout, everything else (progress, notes, errors, logs) to stderr. Exit codes: 0 done, 2

@@ -45,6 +45,9 @@ COMMANDS = {
     "load": Lazy("agi.core.dht.cli.load", "load", "Store the files of a folder, or the lines of a JSONL file."),
     "dump": Lazy("agi.core.dht.cli.dump", "dump", "Write keys to a folder, or to a JSONL file."),
     "status": Lazy("agi.core.dht.cli.cluster", "status", "Show the state of every node."),
+    "topology": Lazy(
+        "agi.core.dht.cli.cluster", "topology", "Show the epoch of the topology, its voters, and the epochs before it."
+    ),
     "ring": Lazy("agi.core.dht.cli.cluster", "ring", "Show each node's share of the keys."),
     "locate": Lazy("agi.core.dht.cli.cluster", "locate", "Show where a key lies and what each replica holds."),
     "config": Lazy("agi.core.dht.cli.settings", "app", "Check and show the settings of a node."),

@@ -29,11 +29,12 @@ def status(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json:
 
     Asks each node itself, so it works while nodes are down, and before the cluster has formed. Exit code 0: all nodes
     are ready; 13: some are not, or do not answer; 23: nobody answers. A number of keys after ~ is an estimate;
-    tombstones count.
+    tombstones count. Hints are records that a node keeps for others that missed them; without any, and with all nodes
+    connected, nobody waits for any.
 
     --json prints {"ready", "cluster", "epoch", "nodes": [{"node_id", "address", "reachable", "error", and if reachable
-    "ready", "waiting_for", "storage", "keys", "keys_exact", "bytes", "epoch", "boot", "peers": {node id: {"connected",
-    "error"}}}]}.
+    "ready", "waiting_for", "storage", "keys", "keys_exact", "bytes", "epoch", "boot", "hints": {node id: records kept
+    for it}, "peers": {node id: {"connected", "status", "error"}}}]}; a peer's status is ALIVE, SUSPECT, DEAD or LEFT.
 
     Examples:
 
@@ -65,7 +66,7 @@ def status(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json:
         summary = {"ready": ready, "cluster": topology.get("cluster"), "epoch": topology.get("epoch", 0)}
         output.document({**summary, "nodes": nodes})
     else:
-        columns = ("node", "address", "state", "storage", "keys", "bytes", "epoch", "boot", "peers")
+        columns = ("node", "address", "state", "storage", "keys", "bytes", "epoch", "boot", "hints", "peers")
         output.table(columns, [_status_row(node) for node in nodes])
         for node in nodes:
             for trouble in _troubles(node):
@@ -77,7 +78,7 @@ def status(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json:
 def _status_row(node: dict[str, Any]) -> tuple[str, ...]:
     name = node["node_id"] or "?"
     if not node["reachable"]:
-        return name, node["address"], "unreachable", "", "", "", "", "", ""
+        return name, node["address"], "unreachable", "", "", "", "", "", "", ""
     peers = node["peers"]
     return (
         name,
@@ -88,6 +89,7 @@ def _status_row(node: dict[str, Any]) -> tuple[str, ...]:
         output.size_text(node["bytes"]),
         str(node["epoch"]),
         str(node["boot"]),
+        str(sum(node.get("hints", {}).values())),
         f"{sum(peer['connected'] for peer in peers.values())}/{len(peers)}",
     )
 
@@ -101,6 +103,8 @@ def _troubles(node: dict[str, Any]) -> Iterator[str]:
     if not node["ready"]:
         yield f"{name} waits: {node['waiting_for']}"
     for peer, link in sorted(node["peers"].items()):
+        if link["status"] != "ALIVE":
+            yield f"{name} holds {peer} {link['status']}"
         if not link["connected"]:
             yield f"{name} to {peer}: {link['error']}"
 
@@ -173,6 +177,42 @@ def _members(topology: dict[str, Any]) -> list[Node]:
         labels = {label: member[label] for label in ("rack", "zone") if member[label]}
         nodes.append(Node(member["node_id"], host, port, member["weight"], topology["virtual_nodes"], labels))
     return nodes
+
+
+def topology(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json: AsJson = False) -> None:
+    """Show the epoch of the topology, its voters, and the epochs before it.
+
+    The members that an epoch names own the keys; its voters, 1, 3 or 5 of them, decide the next one by majority. The
+    history is that of one node: what it has adopted.
+
+    --json prints {"cluster", "generation", "epoch", "digest", "voters", "factor", "members": [{"node_id", "address",
+    "state", "status", "voter"}], "history": [{"generation", "epoch", "digest", "note", "decided_ms", "voters"}]}.
+
+    Example:
+
+        agi-dht topology
+    """
+    with connected(connect, timeout) as client:
+        found, history = client.topology(), client.history()
+    voters = set(found["voters"])
+    shown_of_each = ("node_id", "address", "state", "status")
+    members = [
+        {name: member[name] for name in shown_of_each} | {"voter": member["node_id"] in voters}
+        for member in found["members"]
+    ]
+    if as_json:
+        shown = {name: found[name] for name in ("cluster", "generation", "epoch", "digest", "voters", "factor")}
+        output.document({**shown, "members": members, "history": history})
+        return
+    epoch = f"epoch {found['epoch']} of generation {found['generation']}"
+    output.line(f"cluster {found['cluster']}, {epoch}, {found['factor']} replicas")
+    columns = ("node", "address", "state", "status", "voter")
+    rows = [(m["node_id"], m["address"], m["state"], m["status"], "yes" if m["voter"] else "") for m in members]
+    output.table(columns, rows)
+    output.table(
+        ("epoch", "decided", "what changed"),
+        [(str(past["epoch"]), output.time_text(past["decided_ms"]), past["note"]) for past in reversed(history)],
+    )
 
 
 def locate(

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from agi.core.dht.client.batches import Batch, Gathered, Kind, OpenBatch
+from agi.core.dht.client.members import MemberStates, StatusCallback
 from agi.core.dht.client.session import Session
 from agi.core.dht.clock import Clock, SystemClock
 from agi.core.dht.errors import BatchError, ClientClosed, DHTError, InvalidRequest
@@ -95,6 +96,7 @@ class DHTClient:
         self._clock = clock or SystemClock()
         self._rng = rng or random.Random(secrets.randbits(64))
         self._session: Session | None = None
+        self._members = MemberStates()
         self._gets: OpenBatch | None = None
         self._puts: OpenBatch | None = None
         self._others: dict[tuple[Kind, Consistency, int, float], OpenBatch] = {}
@@ -122,6 +124,7 @@ class DHTClient:
             retry_unknown=self._retry_unknown,
             unix=self._unix,
             on_settled=self._settled,
+            on_members=self._members.learn,
         )
         self._loop = asyncio.get_running_loop()
         try:
@@ -406,6 +409,18 @@ class DHTClient:
         session = self._live()
         topology: dict[str, Any] = await session.query(self._any(), "topology")
         return topology
+
+    def on_member_status(self, callback: StatusCallback) -> None:
+        """Calls it in the event loop with (node id, MemberStatus) when a member's state has changed as one node, asked
+        every 2 s or so, holds it; at the first answer for those that are not alive. Register it before `connect` to
+        miss nothing; it may not block."""
+        self._members.on_status(callback)
+
+    async def history(self) -> list[dict[str, Any]]:
+        """The epochs of the topology that one node remembers, oldest first: generation, epoch, digest, note,
+        decided_ms, voters."""
+        past: list[dict[str, Any]] = await self._live().query(self._any(), "history")
+        return past
 
     async def locate(self, key: str) -> dict[str, Any]:
         """Token and replicas of a key, and what each replica holds."""

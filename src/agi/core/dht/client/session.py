@@ -93,6 +93,7 @@ class Session:
         unix: use a node's Unix socket where it is on this machine.
         retry_count: tries beyond the first, for retryable errors; None takes what the cluster says.
         on_settled: told when a batch has been answered.
+        on_members: told what each topology answer says of the members.
         retry_unknown: repeat plain writes whose outcome is unknown at other nodes too.
     """
 
@@ -109,6 +110,7 @@ class Session:
         retry_unknown: bool,
         unix: bool,
         on_settled: Callable[[], None],
+        on_members: Callable[[list[dict[str, Any]]], None],
     ) -> None:
         self._seed = seed
         self._data = data
@@ -121,6 +123,7 @@ class Session:
         self._retry_unknown = retry_unknown
         self._unix = unix
         self._on_settled = on_settled
+        self._on_members = on_members
         self._loop = asyncio.get_running_loop()
         self._ids = 0
         self._turn = 0
@@ -203,6 +206,7 @@ class Session:
     def adopt(self, topology: dict[str, Any]) -> None:
         """Takes a member list; connects to who is new and lets go of who is gone."""
         self.topology = topology
+        self._on_members(topology["members"])
         self._cluster = self._cluster or topology["cluster"]
         if self._retries_asked is None:
             self._retry_count = topology["retry_count"]
@@ -217,6 +221,9 @@ class Session:
             if name not in self.nodes:
                 remote = self.nodes[name] = Remote(name, member["address"])
                 remote.task = self._own(self._keep(remote), f"keep {name}")
+            elif self.nodes[name].address != member["address"]:  # it has moved
+                self.nodes[name].address = member["address"]
+                self.nodes[name].wake.set()
         if len(members) <= topology["factor"]:
             self.ring = None
         elif self.ring is None or {node.node_id for node in self.ring.nodes} != set(members):

@@ -28,6 +28,7 @@ import uvloop
 
 from agi.core.dht.client.asynchronous import DHTClient
 from agi.core.dht.client.mapping import RAW, Codec, MappingView
+from agi.core.dht.client.members import StatusCallback
 from agi.core.dht.clock import Clock
 from agi.core.dht.errors import ClientClosed, DHTError
 from agi.core.dht.transport.base import Transport
@@ -390,6 +391,15 @@ class SyncDHTClient:
     def topology(self) -> dict[str, Any]:
         """Epoch, settings and members of the cluster, asked anew."""
         return self._call(self._client.topology())
+
+    def on_member_status(self, callback: StatusCallback) -> None:
+        """As `DHTClient.on_member_status`; called in the client's own thread, where it may not call the client."""
+        self._client.on_member_status(callback)
+
+    def history(self) -> list[dict[str, Any]]:
+        """The epochs of the topology that one node remembers, oldest first: generation, epoch, digest, note,
+        decided_ms, voters."""
+        return self._call(self._client.history())
 
     def locate(self, key: str) -> dict[str, Any]:
         """Token and replicas of a key, and what each replica holds."""

@@ -13,6 +13,7 @@ from agi.core.dht.config.load import ENVIRONMENT, KNOBS, Config, load_config
 from agi.core.dht.config.schema import (
     ClusterConfig,
     ExpiryConfig,
+    HintsConfig,
     NetworkConfig,
     NodeConfig,
     ObservabilityConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "ClusterConfig",
     "Config",
     "ExpiryConfig",
+    "HintsConfig",
     "NetworkConfig",
     "NodeConfig",
     "ObservabilityConfig",

@@ -35,6 +35,7 @@ Rules that bind several settings:
   wildcard host advertises the loopback address, which serves nodes and clients on this machine.
 - Each address of `cluster.force_start_without` is one of `cluster.bootstrap_nodes`.
 - `ring.virtual_nodes` x `node.weight` is at most 65536.
+- `health.probe_timeout_ms` is at most half of `health.heartbeat_interval_ms`; an `auto` counts as what the preset says.
 - `storage.backend: redis` needs `storage.redis_url`.
 """
 

@@ -18,8 +18,11 @@ import yaml
 
 from agi.core.dht.config.schema import (
     PORT_MAX,
+    PRESETS,
     ClusterConfig,
     ExpiryConfig,
+    HealthConfig,
+    HintsConfig,
     Knob,
     NetworkConfig,
     NodeConfig,
@@ -31,6 +34,7 @@ from agi.core.dht.config.schema import (
     VersionsConfig,
 )
 from agi.core.dht.errors import ConfigError
+from agi.core.dht.protocol.membership import Pace
 from agi.core.dht.ring import VNODES_MAX
 from agi.core.dht.types import Consistency, Node, format_address, parse_address
 
@@ -61,6 +65,8 @@ class Config:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     versions: VersionsConfig = field(default_factory=VersionsConfig)
     requests: RequestsConfig = field(default_factory=RequestsConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    hints: HintsConfig = field(default_factory=HintsConfig)
     expiry: ExpiryConfig = field(default_factory=ExpiryConfig)
     observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -109,6 +115,29 @@ class Config:
         # Short whatever the data folder's name is: a socket's path has at most 107 bytes.
         name = xxhash.xxh3_64_hexdigest(f"{self.storage_path(bound_port)}\0{bound_port or self.network.port}".encode())
         return Path(tempfile.gettempdir()) / f"agi-dht-{os.getuid()}" / f"{name}.sock"
+
+    def pace(self) -> Pace:
+        """The failure detector's settings, `auto` replaced by what the preset says."""
+        health, preset = self.health, PRESETS[self.health.preset]
+
+        def value(name: str) -> int:
+            given: int | None = getattr(health, name)
+            return preset[name] if given is None else given
+
+        return Pace(
+            heartbeat_s=value("heartbeat_interval_ms") / 1000,
+            probe_timeout_s=value("probe_timeout_ms") / 1000,
+            failure_threshold=health.failure_threshold,
+            indirect_probes=health.indirect_probes,
+            suspicion_mult=value("suspicion_mult"),
+            suspicion_max_mult=health.suspicion_max_mult,
+            recovery_s=value("recovery_timeout_ms") / 1000,
+            gossip_interval_s=value("gossip_interval_ms") / 1000,
+            gossip_nodes=health.gossip_nodes,
+            retransmit_mult=health.retransmit_mult,
+            sync_interval_s=value("sync_interval_ms") / 1000,
+            awareness_max=health.awareness_max,
+        )
 
     def as_node(self, bound_port: int | None = None) -> Node:
         """This node as a member of the ring."""
@@ -173,6 +202,12 @@ class Config:
         if round(self.ring.virtual_nodes * self.node.weight) > VNODES_MAX:
             both = f"{self._named('dht.ring.virtual_nodes')} x {self._named('dht.node.weight')}"
             raise ConfigError(f"{both} is over {VNODES_MAX} points on the ring")
+        pace = self.pace()
+        if pace.probe_timeout_s > pace.heartbeat_s / 2:
+            raise ConfigError(
+                f"{self._named('dht.health.probe_timeout_ms')} is {pace.probe_timeout_s * 1000:g}: at most half of "
+                f"{self._named('dht.health.heartbeat_interval_ms')}, {pace.heartbeat_s * 1000:g}"
+            )
         if self.storage.backend == "redis" and not self.storage.redis_url:
             raise ConfigError(f"{self._named('dht.storage.backend')} is redis: set dht.storage.redis_url")
         if unknown := re.findall(r"\{(?!node_id\})\w*\}", self.storage.path):

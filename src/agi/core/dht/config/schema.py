@@ -107,6 +107,20 @@ def _port_or_auto(given: str) -> int | None:
     return int(given)
 
 
+def integer_or_auto(low: int, high: int) -> Kind[int | None]:
+    number_of = integer(low, high)
+
+    def parse(given: str) -> int | None:
+        if given.lower() == AUTO:
+            return None
+        try:
+            return number_of.parse(given)
+        except ValueError:
+            raise ValueError(f"must be {AUTO} or an integer from {low} to {high}") from None
+
+    return Kind(f"`{AUTO}` or integer, {low} to {high}", parse)
+
+
 def _boolean(given: str) -> bool:
     if given.lower() not in ("true", "false"):
         raise ValueError("must be true or false")
@@ -395,6 +409,190 @@ class RequestsConfig:
         unit="MiB",
         more="memory of the process under load",
         less="bursts are refused sooner",
+    )
+
+
+PRESETS: dict[str, dict[str, int]] = {
+    "local": {
+        "heartbeat_interval_ms": 200,
+        "probe_timeout_ms": 100,
+        "suspicion_mult": 4,
+        "recovery_timeout_ms": 1000,
+        "gossip_interval_ms": 50,
+        "sync_interval_ms": 10_000,
+    },
+    "lan": {
+        "heartbeat_interval_ms": 500,
+        "probe_timeout_ms": 200,
+        "suspicion_mult": 4,
+        "recovery_timeout_ms": 5000,
+        "gossip_interval_ms": 100,
+        "sync_interval_ms": 30_000,
+    },
+    "wan": {
+        "heartbeat_interval_ms": 2000,
+        "probe_timeout_ms": 1000,
+        "suspicion_mult": 6,
+        "recovery_timeout_ms": 30_000,
+        "gossip_interval_ms": 500,
+        "sync_interval_ms": 60_000,
+    },
+}
+"""What `auto` stands for, by preset."""
+
+
+def _auto(name: str) -> str:
+    return f"`auto`: by the preset, {', '.join(f'{preset} {values[name]}' for preset, values in PRESETS.items())}."
+
+
+@dataclass(frozen=True, slots=True)
+class HealthConfig:
+    """How nodes find out which of them are alive: SWIM with Lifeguard, in the words of memberlist. With n nodes, a dead
+    one is known to all after about (failure_threshold x heartbeat_interval_ms) + (suspicion_mult x max(1, log10(n)) x
+    heartbeat_interval_ms) if others notice it too, with the lan preset after 3 s, or 2 s if its links broke; a node may
+    be slow or unreachable for so long without being declared dead."""
+
+    preset: str = knob(
+        "lan",
+        choice(*PRESETS),
+        "What the settings that are `auto` are: `local` for nodes on one machine, `lan` for one network, `wan` for "
+        "nodes far apart. A setting that is given wins.",
+    )
+    heartbeat_interval_ms: int | None = knob(
+        None,
+        integer_or_auto(20, 600_000),
+        "Each node probes one other every so often, in shuffled rounds, so that each is probed about once in it by "
+        f"somebody. {_auto('heartbeat_interval_ms')}",
+        unit="ms",
+        more="failures are found later",
+        less="more messages: 2 per node and interval",
+    )
+    probe_timeout_ms: int | None = knob(
+        None,
+        integer_or_auto(10, 600_000),
+        "How long a probe waits before others are asked to try as well; at most half of the heartbeat interval. Set "
+        f"it to the 99th percentile of the network's round trips, stalls included. {_auto('probe_timeout_ms')}",
+        unit="ms",
+        more="less time for the others' tries",
+        less="more indirect probes, and more self-doubt, for replies that are merely late",
+    )
+    failure_threshold: int = knob(
+        2,
+        integer(1, 100),
+        "Failed probes in a row, helpers included, after which a member is suspected. After the first it is probed "
+        "again without waiting for its turn.",
+        unit="probes",
+        more="each delays a suspicion by up to a heartbeat interval",
+        less="with 1, a single lost exchange of messages makes a suspicion",
+    )
+    indirect_probes: int = knob(
+        3,
+        integer(0, 100),
+        "Members that are asked to probe one that did not answer, so that a broken path is not taken for a death.",
+        unit="members",
+        more="more messages per failed probe",
+        less="with 0, whom one node cannot reach is suspected",
+    )
+    suspicion_mult: int | None = knob(
+        None,
+        integer_or_auto(1, 100),
+        "Least time from suspicion to death: suspicion_mult x max(1, log10(nodes)) x heartbeat interval, once "
+        f"suspicion_mult - 2 others suspect the same. {_auto('suspicion_mult')}",
+        unit="heartbeat intervals",
+        more="deaths are declared later",
+        less="slow nodes have less time to refute, and may be declared dead for a moment",
+    )
+    suspicion_max_mult: int = knob(
+        6,
+        integer(1, 100),
+        "Longest time from suspicion to death, where nobody else suspects the same: this times the least.",
+        unit="times the least",
+        more="a death that only one node can see is declared later",
+        less="with 1, a node that is itself slow declares others dead as fast as a sound one",
+    )
+    recovery_timeout_ms: int | None = knob(
+        None,
+        integer_or_auto(20, 3_600_000),
+        "How often each dead node is tried again by each other; beside that, whenever a link to it comes up. "
+        f"{_auto('recovery_timeout_ms')}",
+        unit="ms",
+        more="a partition may heal later",
+        less="more messages to the dead",
+    )
+    gossip_interval_ms: int | None = knob(
+        None,
+        integer_or_auto(10, 60_000),
+        "While a node has news, it sends some to `gossip_nodes` others every so often. News reaches all after about "
+        f"log(nodes) intervals. {_auto('gossip_interval_ms')}",
+        unit="ms",
+        more="news spreads more slowly",
+        less="more messages for a while after each change",
+    )
+    gossip_nodes: int = knob(
+        3,
+        integer(0, 100),
+        "Members that news is sent to each time.",
+        unit="members",
+        more="more messages for a while after each change",
+        less="news spreads more slowly; with 0 it rides on probes alone",
+    )
+    retransmit_mult: int = knob(
+        4,
+        integer(1, 100),
+        "How often a node passes each piece of news on: retransmit_mult x ceil(log10(nodes + 1)).",
+        unit="times ceil(log10(nodes + 1))",
+        more="more bytes for each change",
+        less="news may miss some nodes until the next full exchange",
+    )
+    sync_interval_ms: int | None = knob(
+        None,
+        integer_or_auto(100, 3_600_000),
+        "How often a node compares all that it holds with another: a hash, and everything only where that differs. "
+        f"Beyond 32 nodes rarer by one interval for each doubling. {_auto('sync_interval_ms')}",
+        unit="ms",
+        more="what gossip has missed is learnt later",
+        less="more messages",
+    )
+    awareness_max: int = knob(
+        8,
+        integer(0, 100),
+        "The highest score of a node's doubt in itself. Probe timeout and heartbeat interval are scaled by 1 + score.",
+        unit="score",
+        more="a node that is overloaded for long finds failures later",
+        less="with 0, an overloaded node suspects the others",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class HintsConfig:
+    """What a replica misses while it is away: the coordinators of those writes keep it and bring it afterwards."""
+
+    bytes_max_mb: int = knob(
+        128,
+        integer(0, 65_536),
+        "What a node keeps for one other, in memory and in its store; past it the oldest go. A hint counts for its "
+        "record, its key and 350 bytes: time covered = bytes_max / (missed writes a second x hint). 0: no hints.",
+        unit="MiB for each node that is away",
+        more="memory and disk of the process: this times the nodes that are away at once, and the start after a crash "
+        "takes longer",
+        less="what a node misses in a longer absence, or under more writes, has to be found by comparison",
+    )
+    age_max_s: int = knob(
+        10_800,
+        integer(1, 2_592_000),
+        "How long a hint is kept for a node that stays away.",
+        unit="s",
+        more="space is held for longer for a node that may never return",
+        less="what a node misses in a longer absence has to be found by comparison",
+    )
+    replay_bytes_per_s: int = knob(
+        16_777_216,
+        integer(1024, 1 << 34),
+        "Keys and records that a node brings to those that are back, over all of them. A returning node is brought up "
+        "to that many from each other node at once, beside its requests.",
+        unit="bytes a second",
+        more="requests at the returning node are slower while it catches up",
+        less="it holds old records for longer, and its reads are repaired one by one",
     )
 
 

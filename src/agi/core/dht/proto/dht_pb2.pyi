@@ -67,6 +67,34 @@ CONSISTENCY_ALL: Consistency.ValueType  # 3
 """Every replica. Fails while any of them is unreachable."""
 Global___Consistency: _TypeAlias = Consistency  # noqa: Y015
 
+class _MemberStatus:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MemberStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MemberStatus.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MEMBER_STATUS_UNSPECIFIED: _MemberStatus.ValueType  # 0
+    MEMBER_STATUS_ALIVE: _MemberStatus.ValueType  # 1
+    MEMBER_STATUS_SUSPECT: _MemberStatus.ValueType  # 2
+    """It did not answer, and is declared dead unless it is heard of in time. It is still used."""
+    MEMBER_STATUS_DEAD: _MemberStatus.ValueType  # 3
+    """Nothing is sent to it until it answers again."""
+    MEMBER_STATUS_LEFT: _MemberStatus.ValueType  # 4
+    """It was stopped in order."""
+
+class MemberStatus(_MemberStatus, metaclass=_MemberStatusEnumTypeWrapper):
+    """What the failure detector of a node holds of another."""
+
+MEMBER_STATUS_UNSPECIFIED: MemberStatus.ValueType  # 0
+MEMBER_STATUS_ALIVE: MemberStatus.ValueType  # 1
+MEMBER_STATUS_SUSPECT: MemberStatus.ValueType  # 2
+"""It did not answer, and is declared dead unless it is heard of in time. It is still used."""
+MEMBER_STATUS_DEAD: MemberStatus.ValueType  # 3
+"""Nothing is sent to it until it answers again."""
+MEMBER_STATUS_LEFT: MemberStatus.ValueType  # 4
+"""It was stopped in order."""
+Global___MemberStatus: _TypeAlias = MemberStatus  # noqa: Y015
+
 @_typing.final
 class ErrorDetail(_message.Message):
     """What went wrong: the failure of a whole call (in `dht-error-bin`) or of one key of a batch."""
@@ -838,20 +866,24 @@ class StatusResponse(_message.Message):
         NODE_ID_FIELD_NUMBER: _builtins.int
         ADDRESS_FIELD_NUMBER: _builtins.int
         CONNECTED_FIELD_NUMBER: _builtins.int
+        STATUS_FIELD_NUMBER: _builtins.int
         node_id: _builtins.str
         address: _builtins.str
         connected: _builtins.bool
         """Whether a link to it is up."""
+        status: Global___MemberStatus.ValueType
+        """What the failure detector holds of it."""
         def __init__(
             self,
             *,
             node_id: _builtins.str = ...,
             address: _builtins.str = ...,
             connected: _builtins.bool = ...,
+            status: Global___MemberStatus.ValueType = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "connected", b"connected", "node_id", b"node_id"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "connected", b"connected", "node_id", b"node_id", "status", b"status"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,9 +11,11 @@ A batch is columns, not rows: `keys[i]` goes with `records[i]`. Errors travel as
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 import msgspec
+
+from agi.core.dht.types import MemberStatus
 
 WireError: TypeAlias = tuple[int, str, int, int]
 KeyError_: TypeAlias = tuple[int, WireError]
@@ -158,7 +160,7 @@ class ScanReply(Message):
 
 
 class Query(Message):
-    """Rare questions: `what` is "topology", "status", "stats" or "locate" (with a key)."""
+    """Rare questions: `what` is "topology", "history", "status", "stats" or "locate" (with a key)."""
 
     id: int
     what: str
@@ -237,6 +239,121 @@ class ReplicaScanReply(Message):
     error: WireError | None = None
 
 
+# --- failure detection (protocol/membership.py)
+
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+
+
+class Claim(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Somebody holds that a member is in this state. Of two claims the one with the greater (boot, incarnation, status)
+    counts."""
+
+    node: str
+    disk: Count
+    """A tag of the member's disk (view.disk_tag): what was said of a replaced disk does not concern its successor."""
+    boot: Count
+    incarnation: Count
+    status: MemberStatus
+    by: str = ""
+    """Who suspects it, where it is suspected."""
+
+
+class Probe(Message):
+    """Are you there? `boot` and `incarnation` are the sender's; all of these messages carry gossip."""
+
+    seq: int
+    boot: Count
+    incarnation: Count
+    gossip: list[Claim] = []
+
+
+class ProbeAck(Message):
+    """The answer, also one that was relayed; `boot` and `incarnation` are those of the node that was probed."""
+
+    seq: int
+    boot: Count
+    incarnation: Count
+    gossip: list[Claim] = []
+
+
+class IndirectProbe(Message):
+    """Probe that node for me."""
+
+    seq: int
+    target: str
+    gossip: list[Claim] = []
+
+
+class ProbeNack(Message):
+    """I am here, but whom you asked about does not answer me."""
+
+    seq: int
+    gossip: list[Claim] = []
+
+
+class Gossip(Message):
+    claims: list[Claim]
+
+
+class ViewDigest(Message):
+    """A hash over all that the sender holds; whoever holds something else answers with a ViewState."""
+
+    digest: int
+
+
+class ViewState(Message):
+    """A part of all that the sender holds. `answer`: the last part, and the receiver's state is asked for."""
+
+    claims: list[Claim]
+    answer: bool = False
+
+
+# --- the topology's epochs (protocol/register.py)
+
+
+class EpochPrepare(Message):
+    """Will you take part in deciding this epoch under this ballot? `base` is the packed topology before it, so that a
+    voter that has not heard of it yet can vote."""
+
+    id: int
+    epoch: int
+    ballot: tuple[int, int]
+    base: bytes
+
+
+class EpochAccept(Message):
+    """Accept this topology as that epoch."""
+
+    id: int
+    epoch: int
+    ballot: tuple[int, int]
+    value: bytes
+
+
+class EpochReply(Message):
+    """A voter's answer to both: its state, stored before; or `newer`, a packed topology that settles the question."""
+
+    id: int
+    granted: bool = False
+    promised: tuple[int, int] = (0, 0)
+    accepted: tuple[int, int] = (0, 0)
+    value: bytes = b""
+    newer: bytes = b""
+    error: WireError | None = None
+
+
+class TopologyDigest(Message):
+    """The sender's newest topology; whoever has a newer one answers with TopologyNews, who has an older one asks."""
+
+    generation: int
+    epoch: int
+    digest: str
+
+
+class TopologyNews(Message):
+    topology: bytes
+
+
 KINDS: dict[int, type[Message]] = {
     1: Hello,
     2: Refused,
@@ -258,5 +375,17 @@ KINDS: dict[int, type[Message]] = {
     33: ReplicaWriteReply,
     34: ReplicaScan,
     35: ReplicaScanReply,
+    40: Probe,
+    41: ProbeAck,
+    42: IndirectProbe,
+    43: ProbeNack,
+    44: Gossip,
+    45: ViewDigest,
+    46: ViewState,
+    70: EpochPrepare,
+    71: EpochAccept,
+    72: EpochReply,
+    73: TopologyDigest,
+    74: TopologyNews,
 }
 KIND_OF: dict[type[Message], int] = {kind: number for number, kind in KINDS.items()}

@@ -19,6 +19,8 @@ import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from agi.core.dht.protocol.hints import Hint
+
 
 class WalSync(enum.StrEnum):
     """When an acknowledged write is on the disk itself. It is always in the WAL, so kill -9 never loses it."""
@@ -70,6 +72,20 @@ class Page:
 
     items: list[tuple[bytes, bytes]]
     complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HintPage:
+    """Some of a store's hints, in any order, one perhaps on two pages.
+
+    Attributes:
+        damaged: names under which something lies that fails its checksum.
+        next: where the next page begins; empty where nothing is left.
+    """
+
+    hints: list[Hint]
+    damaged: list[bytes]
+    next: bytes
 
 
 SyncDone = Callable[[Exception | None], None]
@@ -133,6 +149,18 @@ class StorageBackend(abc.ABC):
     @abc.abstractmethod
     async def put_meta(self, name: str, value: bytes) -> None:
         """Stores it, synced to the disk whatever `wal_sync` says."""
+
+    # Hints for other nodes (protocol/hints.py): a space of its own beside the records.
+
+    @abc.abstractmethod
+    async def save_hints(self, hints: Sequence[Hint], gone: Sequence[bytes], *, synced: bool = False) -> None:
+        """Keeps these hints, in place of others of the same names, and removes the names that are `gone`: all or
+        nothing. kill -9 cannot undo it afterwards; power loss can, unless `synced`."""
+
+    @abc.abstractmethod
+    async def load_hints(self, start: bytes, limit: int) -> HintPage:
+        """About `limit` of the hints; `start` is empty for the first page, then what the page before says. None may be
+        saved meanwhile. Raises StorageCorrupt where the space as a whole cannot be read."""
 
     # The hot path of local stores.
 

@@ -27,8 +27,9 @@ from typing import Any, NoReturn
 from sortedcontainers import SortedList
 
 from agi.core.dht.errors import StorageClosed
+from agi.core.dht.protocol.hints import Hint
 from agi.core.dht.protocol.record import FLAGS, SHRUNK
-from agi.core.dht.storage.base import Batch, Count, Page, StorageBackend, StoreStats
+from agi.core.dht.storage.base import Batch, Count, HintPage, Page, StorageBackend, StoreStats
 
 BUCKET_BITS = 14
 SLICE_KEYS_MAX = 512
@@ -66,6 +67,7 @@ class MemoryStore(StorageBackend):
         self._records: dict[bytes, bytes] = {}
         self._get: Callable[[bytes], bytes | None] = _closed
         self._meta: dict[str, bytes] = {}
+        self._hints: dict[bytes, Hint] = {}
         self._backlog: list[bytes] = []
         self._stale: set[bytes] = set()  # purged while in the backlog
         self._by_key: Any = SortedList()
@@ -255,3 +257,13 @@ class MemoryStore(StorageBackend):
     async def put_meta(self, name: str, value: bytes) -> None:
         self._check_open()
         self._meta[name] = value
+
+    async def save_hints(self, hints: Sequence[Hint], gone: Sequence[bytes], *, synced: bool = False) -> None:
+        self._check_open()
+        self._hints.update((hint.name, hint) for hint in hints)
+        for name in gone:
+            self._hints.pop(name, None)
+
+    async def load_hints(self, start: bytes, limit: int) -> HintPage:
+        self._check_open()
+        return HintPage(list(self._hints.values()), [], b"")

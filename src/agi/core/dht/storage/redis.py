@@ -6,6 +6,7 @@ All of a node's data is under its prefix, so that nodes can share a server:
     {prefix}:keys      sorted set   key                       ordered scans
     {prefix}:tokens    sorted set   token (8 bytes) || key    scans by ring position
     {prefix}:expiry    sorted set   expires_ms (8) || key     records with a TTL; stale entries are dropped when met
+    {prefix}:hints     hash         target tag || key -> packed hint
     {prefix}:meta      hash         name -> value             and the run id of the server that the data was written on
 
 The sets have one score, so Redis orders them by their bytes. A batch is one MULTI/EXEC.
@@ -25,9 +26,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from agi.core.dht.errors import ConfigError, StorageClosed, StorageError, StorageFull
+from agi.core.dht.errors import ConfigError, StorageClosed, StorageCorrupt, StorageError, StorageFull
+from agi.core.dht.protocol.hints import Hint, pack_hint, unpack_hint
 from agi.core.dht.protocol.record import FLAGS, SHRUNK, verify
-from agi.core.dht.storage.base import Batch, Count, Page, StorageBackend, StoreStats
+from agi.core.dht.storage.base import Batch, Count, HintPage, Page, StorageBackend, StoreStats
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -85,8 +87,8 @@ class RedisStore(StorageBackend):
         self._token_of = token_of
         self._connections_max = connections_max
         self._timeout_s = timeout_s
-        self._records, self._keys, self._tokens, self._expiry, self._meta = (
-            f"{prefix}:{part}" for part in ("records", "keys", "tokens", "expiry", "meta")
+        self._records, self._keys, self._tokens, self._expiry, self._meta, self._hints = (
+            f"{prefix}:{part}" for part in ("records", "keys", "tokens", "expiry", "meta", "hints")
         )
         self._client: Redis | None = None
         self._lost = False
@@ -294,7 +296,7 @@ class RedisStore(StorageBackend):
         """`bytes` is Redis's estimate of what this node's keys take in the server's memory."""
         async with self._call("stats failed") as client:
             records: int = await client.hlen(self._records)
-            parts = (self._records, self._keys, self._tokens, self._expiry, self._meta)
+            parts = (self._records, self._keys, self._tokens, self._expiry, self._meta, self._hints)
             size = sum([await client.memory_usage(part) or 0 for part in parts])
             memory = await client.info("memory")
         engine = {"server_bytes": int(memory["used_memory"]), "server_bytes_max": int(memory.get("maxmemory", 0))}
@@ -307,6 +309,28 @@ class RedisStore(StorageBackend):
     async def put_meta(self, name: str, value: bytes) -> None:
         async with self._call("a write failed") as client:
             await client.hset(self._meta, _NAMED + name, value)
+
+    async def save_hints(self, hints: Sequence[Hint], gone: Sequence[bytes], *, synced: bool = False) -> None:
+        async with self._call("a write of hints failed") as client, client.pipeline(transaction=True) as writes:
+            if hints:
+                writes.hset(self._hints, items=[part for hint in hints for part in (hint.name, pack_hint(hint))])
+            if gone:
+                writes.hdel(self._hints, *gone)
+            if len(writes):
+                await writes.execute()
+
+    async def load_hints(self, start: bytes, limit: int) -> HintPage:
+        async with self._call("a read of hints failed") as client:
+            answer = await client.hscan(self._hints, int(start or b"0"), count=limit)
+        cursor, found = cast(tuple[int, dict[bytes, bytes]], answer)
+        hints: list[Hint] = []
+        damaged: list[bytes] = []
+        for name, packed in found.items():
+            try:
+                hints.append(unpack_hint(name, packed))
+            except StorageCorrupt:
+                damaged.append(name)
+        return HintPage(hints, damaged, b"%d" % cursor if cursor else b"")
 
 
 def _text(value: object) -> str:

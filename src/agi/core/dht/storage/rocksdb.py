@@ -27,9 +27,10 @@ import xxhash
 from rocksdict import Checkpoint, WriteBatch
 
 from agi.core.dht.errors import StorageClosed, StorageCorrupt, StorageError, StorageFull
+from agi.core.dht.protocol.hints import Hint, pack_hint, unpack_hint
 from agi.core.dht.protocol.record import FLAGS, SHRUNK, verify
 from agi.core.dht.storage import wal_files
-from agi.core.dht.storage.base import Batch, Count, Page, StorageBackend, StoreStats, SyncDone, WalSync
+from agi.core.dht.storage.base import Batch, Count, HintPage, Page, StorageBackend, StoreStats, SyncDone, WalSync
 from agi.core.dht.storage.record_cache import RecordCache
 from agi.core.dht.storage.rocksdb_engine import MIB, Engine, as_storage_error
 from agi.core.dht.storage.rocksdb_scan import CHUNK_ITEMS_MAX, Scanner, walk
@@ -434,6 +435,35 @@ class RocksStore(StorageBackend):
         except Exception as error:
             raise self._write_failed(error) from error
         await self._synced()
+
+    async def save_hints(self, hints: Sequence[Hint], gone: Sequence[bytes], *, synced: bool = False) -> None:
+        if self._refusal is not None:
+            self._resume()
+        engine = self._open_engine()
+        writes = WriteBatch(raw_mode=True)
+        for hint in hints:
+            writes.put(hint.name, pack_hint(hint), engine.hints_handle)
+        for name in gone:
+            writes.delete(name, engine.hints_handle)
+        try:
+            engine.db.write(writes)
+        except Exception as error:
+            raise self._write_failed(error) from error
+        self._dirty = True
+        if synced:
+            await self._synced()
+
+    async def load_hints(self, start: bytes, limit: int) -> HintPage:
+        hints: list[Hint] = []
+        damaged: list[bytes] = []
+        for name, packed in walk(self._open_engine().hints, start):
+            if len(hints) + len(damaged) >= limit:
+                return HintPage(hints, damaged, name)
+            try:
+                hints.append(unpack_hint(name, packed))
+            except StorageCorrupt:
+                damaged.append(name)
+        return HintPage(hints, damaged, b"")
 
     async def checkpoint(self, path: str | os.PathLike[str]) -> None:
         """A consistent copy of the open store in a new folder, its files hard links where that can be.

@@ -1,9 +1,10 @@
-"""How this project opens RocksDB: four column families, memory within a budget, and typed errors.
+"""How this project opens RocksDB: five column families, memory within a budget, and typed errors.
 
     default   token (8 bytes) || key   ->  record        sequential by ring position
     keys      key                      ->  empty         written on insert and purge only: ordered scans
     expiry    expires_ms (8) || key    ->  empty         records with a TTL only; stale entries are dropped when met
     meta      name                     ->  xxh3 || value
+    hints     target tag || key        ->  packed hint   protocol/hints.py; a folder made before it had none gets it
 
 One write-ahead log covers all of them, so a batch is whole or absent.
 
@@ -29,6 +30,7 @@ WRITE_BUFFERS_BYTES = 24 * MIB
 """Memtables of all families together. More means fewer flushes, and more to replay after a crash."""
 DATA_BUFFER_BYTES = 8 * MIB
 KEYS_BUFFER_BYTES = 4 * MIB
+HINTS_BUFFER_BYTES = 4 * MIB
 SMALL_BUFFER_BYTES = 1 * MIB
 WAL_BYTES_MAX = 64 * MIB
 """Past this the families that hold the oldest log back are flushed. Bounds the replay, and the space to resume."""
@@ -37,7 +39,7 @@ BLOOM_BITS_PER_KEY = 10
 SLOWDOWN_FILES, STOP_FILES = 32, 48
 """Level 0 files at which RocksDB delays and then blocks writers, and with them the event loop."""
 
-KEYS, EXPIRY, META = "keys", "expiry", "meta"
+KEYS, EXPIRY, META, HINTS = "keys", "expiry", "meta", "hints"
 
 _FULL = ("No space left", "Disk quota exceeded", "NoSpace", "SpaceLimit")
 _UNUSABLE = ("lock hold", "While lock file", "Permission denied", "Read-only file system", "Not a directory")
@@ -132,11 +134,13 @@ class Engine:
                 KEYS: _family(cache, KEYS_BUFFER_BYTES),
                 EXPIRY: _family(cache, SMALL_BUFFER_BYTES),
                 META: _family(cache, SMALL_BUFFER_BYTES),
+                HINTS: _family(cache, HINTS_BUFFER_BYTES),
             }
             self.db = Rdict(str(folder), _options(cache), column_families=families)
             try:
-                self.keys, self.expiry, self.meta = map(self.db.get_column_family, families)
-                self.keys_handle, self.expiry_handle, self.meta_handle = map(self.db.get_column_family_handle, families)
+                self.keys, self.expiry, self.meta, self.hints = map(self.db.get_column_family, families)
+                handles = map(self.db.get_column_family_handle, families)
+                self.keys_handle, self.expiry_handle, self.meta_handle, self.hints_handle = handles
             except Exception:
                 self.db.close()
                 raise
@@ -146,9 +150,9 @@ class Engine:
 
     def close(self) -> None:
         """Flushes the memtables and lets go of the folder, which is free again even where this raises."""
-        del self.keys_handle, self.expiry_handle, self.meta_handle
+        del self.keys_handle, self.expiry_handle, self.meta_handle, self.hints_handle
         errors: list[Exception] = []
-        for family in (self.keys, self.expiry, self.meta, self.db):
+        for family in (self.keys, self.expiry, self.meta, self.hints, self.db):
             try:
                 family.close()
             except rocksdict.DbClosedError:
@@ -160,7 +164,7 @@ class Engine:
 
     def flush(self) -> None:
         """Writes the memtables of all families to files; other threads run meanwhile."""
-        for family in (self.db, self.keys, self.expiry, self.meta):
+        for family in (self.db, self.keys, self.expiry, self.meta, self.hints):
             family.flush(True)
 
     def close_failed(self) -> None:
@@ -175,7 +179,7 @@ class Engine:
             "memtable_bytes": "rocksdb.cur-size-all-mem-tables",
             "pending_compaction_bytes": "rocksdb.estimate-pending-compaction-bytes",
         }
-        families = (self.db, self.keys, self.expiry, self.meta)
+        families = (self.db, self.keys, self.expiry, self.meta, self.hints)
         found = {name: sum(family.property_int_value(key) or 0 for family in families) for name, key in names.items()}
         found["background_errors"] = self.db.property_int_value("rocksdb.background-errors") or 0
         return found

@@ -9,17 +9,28 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
 
 from agi.core.dht.client import DHTClient
 from agi.core.dht.config import Config, load_config
 from agi.core.dht.errors import DHTError
-from agi.core.dht.identity import Identity
+from agi.core.dht.identity import Identity, Promise
 from agi.core.dht.node import Node
 from agi.core.dht.observability.metrics import Metrics
-from agi.core.dht.protocol.messages import Hello, Message, ReplicaWrite
+from agi.core.dht.protocol.hints import Hints
+from agi.core.dht.protocol.messages import (
+    EpochAccept,
+    EpochPrepare,
+    EpochReply,
+    Hello,
+    Message,
+    ReplicaWrite,
+    TopologyNews,
+)
 from agi.core.dht.protocol.record import FLAGS, SHRUNK
+from agi.core.dht.protocol.view import GONE
 from agi.core.dht.testing.checks import Finding
 from agi.core.dht.testing.disk import SimDisk
 from agi.core.dht.testing.host import Host
@@ -27,10 +38,14 @@ from agi.core.dht.testing.network import SimNetwork, SimTransport
 from agi.core.dht.testing.scenario import Scenario, address_of
 from agi.core.dht.testing.simulation import Simulation
 from agi.core.dht.topology import Topology, unpack
+from agi.core.dht.types import MemberStatus
 
 PING_INTERVAL_S, IDLE_TIMEOUT_S = 0.5, 1.5
 """Shorter than by default: most of a simulation would be waiting for dead links."""
 CONVERGE_S = 30.0
+ALIVE_S = 10.0
+"""By when nodes that are connected hold each other to be alive: some turns of the slowest detector."""
+PROPOSE_TIMEOUT_S = 2.0
 _POLL_S = 0.05
 
 
@@ -40,7 +55,7 @@ class SimCluster:
     Attributes:
         network, disks: of the simulation; a disk by the name of its node.
         running: the Node of each host that is up.
-        metrics: of every process that was started.
+        metrics, hints: of every process that was started.
         findings: what was seen on the wire.
         starts_failed, exits: processes that could not start, and those that ended by themselves.
     """
@@ -54,9 +69,18 @@ class SimCluster:
         self.wiped: list[SimDisk] = []
         self.running: dict[str, Node] = {}
         self.metrics: list[Metrics] = []
+        self.hints: list[Hints] = []
         self.findings: list[Finding] = []
         self.starts_failed = 0
         self.exits = 0
+        self.settling = False
+        """The faults are over: no new epoch is proposed."""
+        self.proposed = 0
+        self.agreed = 0
+        self.declared_dead = 0
+        self.false_deaths = 0
+        self._epochs: dict[tuple[str, int, int], str] = {}
+        self._asked: dict[tuple[str, str, int], int] = {}
         self._configs: dict[str, Config] = {}
         self._records: dict[tuple[bytes, bytes], bytes] = {}
         for name in scenario.nodes:
@@ -115,6 +139,8 @@ class SimCluster:
             on_fatal=lambda error: fatal.set(),
         )
         self.metrics.append(node.metrics)
+        self.hints.append(node.handoff.hints)
+        node.on_member_status(partial(self._member_status, node, {}))
         try:
             await node.start()
         except DHTError as error:  # a full or failing disk
@@ -123,8 +149,26 @@ class SimCluster:
             return
         await seed.listen(address_of(name), node)
         self.running[name] = node
+        operator = asyncio.create_task(self._operate(node, self.sim.stream(f"operator/{name}/{host.incarnation}")))
         await fatal.wait()
+        operator.cancel()
         self.exits += 1
+
+    async def _operate(self, node: Node, rng: random.Random) -> None:
+        """Proposes epochs at this node that change nothing but their note, until the faults are over."""
+        every_s = self.scenario.epochs_every_s * len(self.scenario.nodes)
+        while every_s and not self.settling:
+            await asyncio.sleep(rng.expovariate(1 / every_s))
+            agreement = node.epochs.agreement
+            if agreement is None or self.settling:
+                continue
+            self.proposed += 1
+            try:
+                await agreement.propose(partial(_noted, f"{node.node_id} {self.proposed}"), PROPOSE_TIMEOUT_S)
+            except DHTError as error:
+                self.sim.trace.record("not-agreed", f"{node.node_id} {type(error).__name__}")
+            else:
+                self.agreed += 1
 
     def _ended(self, name: str, power_loss: bool) -> None:
         self.running.pop(name, None)
@@ -134,8 +178,10 @@ class SimCluster:
 
     @property
     def converged(self) -> bool:
-        """Every node is up, has formed, and is connected to every other."""
+        """Every node is up, has formed, is connected to every other, and all have one topology."""
         others = len(self.scenario.nodes) - 1
+        if len({node.topology.digest for node in self.running.values() if node.topology is not None}) > 1:
+            return False
         return len(self.running) == len(self.scenario.nodes) and all(
             node.topology is not None and len(node.peers.connected) == others for node in self.running.values()
         )
@@ -153,14 +199,38 @@ class SimCluster:
             await asyncio.sleep(_POLL_S)
         return None
 
+    async def wait_all_alive(self, within_s: float = ALIVE_S) -> Finding | None:
+        """Waits until every node holds every other to be alive. Who is not, if that is too long."""
+        deadline = self.sim.now + within_s
+        while wrong := [
+            f"{name} holds {other} {node.detector.status(other).name}"
+            for name, node in self.running.items()
+            for other in self.scenario.nodes
+            if other != name and node.detector.status(other) is not MemberStatus.ALIVE
+        ]:
+            if self.sim.now > deadline:
+                return Finding("liveness", f"after {within_s:g} s: {'; '.join(wrong)}")
+            await asyncio.sleep(_POLL_S)
+        return None
+
+    async def wait_handed_off(self, within_s: float = CONVERGE_S) -> Finding | None:
+        """Waits until no node has hints left. Which are left, if that is too long."""
+        deadline = self.sim.now + within_s
+        while left := {name: node.handoff.hints.pending() for name, node in self.running.items() if node.handoff.hints}:
+            if self.sim.now > deadline:
+                return Finding("handoff", f"after {within_s:g} s: {left}")
+            await asyncio.sleep(_POLL_S)
+        return None
+
     def _state(self, name: str) -> str:
         node = self.running.get(name)
         if node is None:
             return f"{name} is down"
         if node.topology is None:
             return f"{name} {node.waiting_for or 'is ready'}"
+        epoch = f" at epoch {node.epoch} ({node.topology.digest[:8]})"
         missing = [f"{peer.node_id} ({peer.last_error})" for peer in node.peers.all.values() if not peer.links]
-        return f"{name} misses {', '.join(missing)}" if missing else f"{name} is ready"
+        return f"{name}{epoch} misses {', '.join(missing)}" if missing else f"{name}{epoch} is ready"
 
     def topologies(self) -> list[tuple[str, Topology]]:
         """(node, topology) for every topology that any disk, wiped ones too, durably holds."""
@@ -177,7 +247,9 @@ class SimCluster:
             for name, topology in self.topologies()
             if any(member.disk_id not in lost for member in topology.members)
         ]
-        if len({topology.digest for _, topology in stored}) <= 1:
+        for _, topology in stored:
+            self._check_epoch("a disk", topology)
+        if len({topology.origin for _, topology in stored}) <= 1:
             return []
         shown = "; ".join(f"{name}: {', '.join(topology.by_id)} ({topology.digest[:8]})" for name, topology in stored)
         return [Finding("topology", f"different ones were stored: {shown}")]
@@ -205,7 +277,24 @@ class SimCluster:
             connection_pool_size=1,
         )
 
-    # --- watching the wire
+    # --- watching
+
+    def _member_status(self, node: Node, ended: dict[str, tuple[int, int]], member: str, status: MemberStatus) -> None:
+        """Who was declared dead is alive again only by a later start or incarnation of its own."""
+        assert node.detector.core is not None
+        claim = node.detector.core.view.get(member)
+        life = (claim.boot, claim.incarnation)
+        self.sim.trace.record("member", f"{node.node_id} holds {member} {status.name} {life}")
+        if status in GONE:
+            self.declared_dead += status is MemberStatus.DEAD
+            ended[member] = life
+            return
+        end = ended.pop(member, None)
+        if end is None:
+            return
+        self.false_deaths += end[0] == claim.boot
+        if life <= end:
+            self._find("revived", f"{node.node_id} took {member} {life} for {status.name} after its end {end}")
 
     def _watched(
         self, policy: Callable[[str, str, Message], Sequence[float]]
@@ -216,6 +305,12 @@ class SimCluster:
                 self._check_versions(message)  # type: ignore[arg-type]  # mypy does not narrow by __class__
             elif kind is Hello:
                 self._check_hello(src, message)  # type: ignore[arg-type]  # as above
+            elif isinstance(message, EpochPrepare | EpochAccept):
+                self._asked[src, dst, message.id] = message.epoch
+            elif isinstance(message, EpochReply):
+                self._check_vote(src, dst, message)
+            elif isinstance(message, TopologyNews):
+                self._check_told(src, message.topology)
             return policy(src, dst, message)
 
         return watch
@@ -223,10 +318,39 @@ class SimCluster:
     def _check_hello(self, src: str, hello: Hello) -> None:
         if hello.kind != "node":
             return
-        disk = self.disks[src]
-        for name, told in (("vote", hello.vote), ("topology", hello.topology)):
-            if told and disk.durable_meta(name) != told:
-                self._find("durable", f"{src} told of its {name} before it was on its disk")
+        if hello.vote and self.disks[src].durable_meta("vote") != hello.vote:
+            self._find("durable", f"{src} told of its vote before it was on its disk")
+        if hello.topology:
+            self._check_told(src, hello.topology)
+
+    def _check_told(self, src: str, packed: bytes) -> None:
+        """What a node tells of an epoch is on its disk (T2), or was: it may have adopted a newer one since."""
+        topology = unpack(packed)
+        self._check_epoch(src, topology)
+        stored = self.disks[src].durable_meta("topology")
+        if stored is None or unpack(stored).order < topology.order:
+            self._find("durable", f"{src} told of epoch {topology.epoch} before it was on its disk")
+
+    def _check_epoch(self, source: str, topology: Topology) -> None:
+        """An epoch has one value, wherever and whenever it is met (T1)."""
+        known = self._epochs.setdefault((topology.origin, *topology.order), topology.digest)
+        if known != topology.digest:
+            self._find("one epoch", f"epoch {topology.epoch} is {known[:8]} and, says {source}, {topology.digest[:8]}")
+
+    def _check_vote(self, src: str, dst: str, reply: EpochReply) -> None:
+        """A vote is on the voter's disk before its answer leaves (D1)."""
+        epoch = self._asked.get((dst, src, reply.id))
+        packed = self.disks[src].durable_meta("acceptor")
+        if not reply.granted or epoch is None:
+            return
+        promise = None if packed is None else msgspec.msgpack.decode(packed, type=Promise)
+        if promise is None or promise.epoch < epoch:
+            stored = False
+        else:
+            ahead = promise.epoch > epoch
+            stored = ahead or (promise.promised >= reply.promised and promise.accepted >= reply.accepted)
+        if not stored:
+            self._find("durable", f"{src} told of its vote on epoch {epoch} before it was on its disk")
 
     def _check_versions(self, write: ReplicaWrite) -> None:
         for key, record in zip(write.keys, write.records, strict=True):
@@ -241,6 +365,11 @@ class SimCluster:
         self.sim.trace.record("finding", f"{check}: {text}")
         if len(self.findings) < 100:
             self.findings.append(Finding(check, text))
+
+
+def _noted(note: str, base: Topology) -> Topology | None:
+    """An epoch with this note, once."""
+    return None if base.note == note else base.next(base.members, note, 0)
 
 
 def _disk_id(disk: SimDisk) -> str:

@@ -13,12 +13,14 @@ import asyncio
 import random
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 from agi.core.dht.errors import FolderUnusable, StorageClosed, StorageError, StorageFull
+from agi.core.dht.protocol.hints import Hint
 from agi.core.dht.protocol.record import FLAGS, SHRUNK, expires_ms_of, verify
 from agi.core.dht.ring import token_bytes
-from agi.core.dht.storage.base import Batch, Count, Page, StorageBackend, StoreStats, SyncDone
+from agi.core.dht.storage.base import Batch, Count, HintPage, Page, StorageBackend, StoreStats, SyncDone
 from agi.core.dht.testing.trace import Trace
 
 _TOKEN_MAX = (1 << 64) - 1
@@ -48,18 +50,25 @@ class _Meta:
     value: bytes
 
 
-_Entry = Batch | _Meta
+@dataclass(frozen=True, slots=True)
+class _Hints:
+    hints: tuple[Hint, ...]
+    gone: tuple[bytes, ...]
+
+
+_Entry = Batch | _Meta | _Hints
 
 
 class _Image:
-    """Records with the orders that scans need, and metadata."""
+    """Records with the orders that scans need, hints, and metadata."""
 
-    __slots__ = ("_token", "expiry", "keys", "meta", "records", "tokens")
+    __slots__ = ("_token", "expiry", "hints", "keys", "meta", "records", "tokens")
 
     def __init__(self, token: Callable[[bytes], bytes]) -> None:
         self._token = token
         self.records: dict[bytes, bytes] = {}
         self.meta: dict[str, bytes] = {}
+        self.hints: dict[bytes, Hint] = {}
         self.keys: list[bytes] = []
         self.tokens: list[tuple[bytes, bytes]] = []
         """Sorted (token, key)."""
@@ -69,6 +78,11 @@ class _Image:
     def apply(self, entry: _Entry) -> None:
         if isinstance(entry, _Meta):
             self.meta[entry.name] = entry.value
+            return
+        if isinstance(entry, _Hints):
+            self.hints.update((hint.name, hint) for hint in entry.hints)
+            for name in entry.gone:
+                self.hints.pop(name, None)
             return
         for key, record in entry.records.items():
             before = self.records.get(key)
@@ -90,6 +104,14 @@ class _Image:
     def _forget_expiry(self, key: bytes, record: bytes) -> None:
         if _expires(record):
             del self.expiry[bisect_left(self.expiry, (expires_ms_of(record), key))]
+
+
+def _size(entry: _Entry) -> int:
+    if isinstance(entry, _Meta):
+        return len(entry.value)
+    if isinstance(entry, _Hints):
+        return sum(len(hint.record) for hint in entry.hints)
+    return sum(map(len, entry.records.values()))
 
 
 def _expires(record: bytes) -> bool:
@@ -167,6 +189,7 @@ class SimDisk:
         image = _Image(self._token)
         image.apply(Batch(records=dict(self._synced.records)))
         image.meta.update(self._synced.meta)
+        image.hints.update(self._synced.hints)
         for entry in self._tail:
             image.apply(entry)
         return image
@@ -180,8 +203,7 @@ class SimDisk:
             raise StorageFull(f"the disk {self.name} has no space left")
         self._tail.append(entry)
         self.writes += 1
-        size = len(entry.value) if isinstance(entry, _Meta) else sum(map(len, entry.records.values()))
-        self._trace.record("disk-write", f"{self.name} {self.end} {size}")
+        self._trace.record("disk-write", f"{self.name} {self.end} {_size(entry)}")
 
     @property
     def end(self) -> int:
@@ -377,3 +399,15 @@ class SimStore(StorageBackend):
         self._disk.append(entry)
         image.apply(entry)
         await self._synced()
+
+    async def save_hints(self, hints: Sequence[Hint], gone: Sequence[bytes], *, synced: bool = False) -> None:
+        image = self._image()
+        # copies: what the process changes in its own afterwards is not on the disk
+        entry = _Hints(tuple(map(copy, hints)), tuple(gone))
+        self._disk.append(entry)
+        image.apply(entry)
+        if synced:
+            await self._synced()
+
+    async def load_hints(self, start: bytes, limit: int) -> HintPage:
+        return HintPage(list(map(copy, self._image().hints.values())), [], b"")

@@ -76,6 +76,7 @@ class Scenario:
         skews_ms, rates: of each node's clock.
         start_s: when each node is first booted.
         faults_from_start: whether the faults begin at once, or when the cluster has formed.
+        epochs_every_s: mean time between proposals of a new epoch, each at some node; 0 for none.
     """
 
     seed: int
@@ -88,6 +89,7 @@ class Scenario:
     rates: Mapping[str, float]
     start_s: Mapping[str, float]
     faults_from_start: bool
+    epochs_every_s: float
     workload: Workload
     plan: FaultPlan = field(repr=False)
 
@@ -114,11 +116,13 @@ class Scenario:
                 "replication.factor": factor,
                 "network.connection_pool_size": rng.choice((1, 1, 2)),
                 "requests.hedge_budget": rng.choice((0.0, 0.05, 0.5)),
+                **_health(random.Random(f"{seed}/health")),
             },
             {name: rng.randint(-SKEW_MS_MAX, SKEW_MS_MAX) for name in nodes},
             {name: 1.0 + rng.uniform(-DRIFT, DRIFT) for name in nodes},
             start_s,
             rng.getrandbits(2) == 0,
+            rng.choice((0.0, 0.2, 1.0)),
             _workload(rng, profile),
             _plan(rng, profile, nodes, safety_s),
         )
@@ -140,6 +144,20 @@ def _peers(nodes: tuple[str, ...], index: int, everyone: bool) -> tuple[str, ...
     """All nodes, or this one and the next two: a list that reaches the others only through theirs."""
     known = nodes if everyone else tuple(nodes[(index + step) % len(nodes)] for step in range(3))
     return tuple(address_of(name) for name in known)
+
+
+def _health(rng: random.Random) -> dict[str, object]:
+    """A failure detector so hasty that deaths are declared, and refuted, while the faults last."""
+    heartbeat_ms = rng.choice((200, 200, 500))
+    return {
+        "health.heartbeat_interval_ms": heartbeat_ms,
+        "health.probe_timeout_ms": heartbeat_ms // 4,
+        "health.failure_threshold": rng.choice((1, 2)),
+        "health.suspicion_mult": rng.choice((1, 2, 4)),
+        "health.suspicion_max_mult": rng.choice((1, 3)),
+        "health.recovery_timeout_ms": 500,
+        "health.sync_interval_ms": rng.choice((500, 5000)),
+    }
 
 
 def _workload(rng: random.Random, profile: Profile) -> Workload:

@@ -70,13 +70,16 @@ class _Trial:
     async def run(self) -> None:
         findings = self.report.findings
         await self._faulty()
-        stuck = await self.cluster.wait_converged(CONVERGE_S)
+        stuck = await self.cluster.wait_converged(CONVERGE_S) or await self.cluster.wait_all_alive()
         if stuck is not None:
             findings.append(stuck)
         else:
             await asyncio.sleep(self.scenario.workload.timeout_s + 1.0)  # what coordinators still had in hand
             self.judge.host.boot(self._judge)
             await self.judge.host.wait_end()
+            left = await self.cluster.wait_handed_off()
+            if left is not None:
+                findings.append(left)
         findings += check_history(self.history)
         findings += [Finding("deadline", f"{call} never returned") for call in unfinished(self.history.calls)]
         findings += self.cluster.check_topologies()
@@ -97,6 +100,7 @@ class _Trial:
             if stuck is not None:
                 self.report.findings.append(stuck)
         await self.driver.run()
+        cluster.settling = True
         for client in self.clients:
             client.stop = True
         workload = scenario.workload
@@ -162,6 +166,12 @@ class _Trial:
         count_faults(report, self.cluster, self.driver)
         report.counts["read repairs"] = sum(each.read_repairs for each in metrics)
         report.counts["restamps"] = sum(each.restamps for each in metrics)
+        report.counts["hints"] = sum(each.stored for each in self.cluster.hints)
+        report.counts["hints replayed"] = sum(each.replayed for each in self.cluster.hints)
+        report.counts["epochs proposed"] = self.cluster.proposed
+        report.counts["epochs agreed"] = self.cluster.agreed
+        report.counts["declared dead"] = self.cluster.declared_dead
+        report.counts["of these refuted"] = self.cluster.false_deaths
         report.counts["hedges"] = sum(each.hedges for each in metrics)
 
 
