@@ -434,6 +434,20 @@ def test_a_death_by_gossip_counts_at_once() -> None:
     assert one.reports == [Report("b", DEAD, ALIVE)]
 
 
+def test_news_that_nobody_can_be_told_waits_for_a_link() -> None:
+    one = One("b", "c", pace=Pace(sync_interval_s=1e9), linked=False)
+    one.to(0.0)
+    due = []
+    while one.now < 5.0:
+        one.to(one.core.due)
+        due.append(one.now)
+    assert len(due) < 60, "it wakes for its heartbeats and their rounds, not for news every 0.1 s"
+    assert one.core.queued == 3
+    one.keep(one.core.link_up("b", 1, one.now))
+    one.to(one.now)
+    assert [to for to, _ in one.take(Gossip)] == ["b"]
+
+
 # --- self-doubt
 
 
@@ -472,8 +486,9 @@ def test_who_leaves_says_so_and_accuses_nobody_any_more() -> None:
     assert all(message.claims == [claim("a", LEFT)] for _, message in told)
     one.to(one.now + 100)
     assert one.take(Probe) == [] and one.reports == []
-    one.hear("b", Probe(3, 1, 0, [claim("a", LEFT)]))
-    assert [ack.incarnation for _, ack in one.take(ProbeAck)] == [0], "it does not refute what is true"
+    for told in (claim("a", LEFT), claim("a", SUSPECT, 3), claim("a", DEAD, 3)):
+        one.hear("b", Probe(3, 1, 0, [told]))
+        assert [ack.incarnation for _, ack in one.take(ProbeAck)] == [0], "it does not refute that it goes"
 
 
 def test_a_member_that_left_is_not_suspected_and_a_restart_brings_it_back() -> None:

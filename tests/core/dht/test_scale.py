@@ -14,7 +14,7 @@ def test_json_and_table_show_every_size(capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setattr(scale, "KEYS", 2000)
     monkeypatch.setattr(scale, "LOOKUPS", 2000)
     monkeypatch.setattr(scale, "STALLED_S", 10.0)
-    assert scale.main(["--sizes", "5,20", "--json"]) == 0
+    assert scale.main(["--sizes", "5,20", "--json", "--jobs", "1"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["preset"], [size["members"] for size in shown["sizes"]]) == ("lan", [5, 20])
     for size in shown["sizes"]:
@@ -24,7 +24,7 @@ def test_json_and_table_show_every_size(capsys: pytest.CaptureFixture[str], monk
         assert size["false_healthy"] == 0
         assert size["moved"] == pytest.approx(size["moved_ideal"], rel=0.5) and size["balance"] > 1
         assert size["lookup_us"] > 0 and size["ring_build_s"] > 0
-    assert scale.main(["--sizes", "3", "--preset", "local"]) == 0
+    assert scale.main(["--sizes", "3", "--preset", "local", "--jobs", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["members", "3"] and len(lines) == len(scale.ROWS) + 1
     with pytest.raises(SystemExit):

@@ -279,21 +279,24 @@ class Dissemination:
 
     def _pass_on(self, claim: Claim) -> None:
         self.queue.add(claim)
+        self._start_gossip()
+
+    def _start_gossip(self, delay_s: float = 0.0) -> None:
         if not self._gossiping:
             self._gossiping = True
-            self._agenda.after(0.0, self._gossip)
+            self._agenda.after(delay_s, self._gossip)
 
     def _gossip(self, _: None) -> None:
         self._gossiping = False
         if self.leaving or not len(self.queue):
             return
-        for node in self.pick(self._pace.gossip_nodes):
+        told = self.pick(self._pace.gossip_nodes)
+        for node in told:
             claims = self.claims_for(node)
             if claims:
                 self._agenda.send(node, Gossip(claims))
-        if len(self.queue):
-            self._gossiping = True
-            self._agenda.after(self._pace.gossip_interval_s, self._gossip)
+        if told and len(self.queue):  # where nobody can be told, a link or more news begins it anew
+            self._start_gossip(self._pace.gossip_interval_s)
 
     def claims_for(self, node: str, first: Claim | None = None) -> list[Claim]:
         """What a message to that member carries: what it should refute, this one, and the news."""
@@ -319,6 +322,7 @@ class Dissemination:
 
     def sync_soon(self, node: str) -> None:
         """With that member, which may have been away; one such exchange a heartbeat is enough."""
+        self._start_gossip()
         if not self._syncing:
             self._syncing = True
             self._agenda.at(max(self._agenda.now, self._synced_at + self._pace.heartbeat_s), self._sync_with, node)

@@ -15,6 +15,7 @@ checks.py      judges a history of client calls
 trial.py       `run_seed`: one seed of a cluster; formation.py: `run_formation`, one seed of its bootstrap
 report.py      what a seed ended with
 run.py         many seeds, from the command line (docs/simulation.md)
+membership.py  thousands of failure detectors alone; scale.py: what they, and the ring, do at such sizes
 """
 
 from agi.core.dht.testing.checks import Action, Call, Finding, History, Outcome, check_history
@@ -25,6 +26,7 @@ from agi.core.dht.testing.faults import Fault, FaultDriver, FaultKind, FaultMix,
 from agi.core.dht.testing.formation import run_formation
 from agi.core.dht.testing.host import Host
 from agi.core.dht.testing.loop import Deadlock, LimitReached, SimLoop, SimulationError
+from agi.core.dht.testing.membership import MemberNet
 from agi.core.dht.testing.network import LinkFaults, SimNetwork, SimTransport
 from agi.core.dht.testing.report import Report, quiet_logs
 from agi.core.dht.testing.scenario import Profile, Scenario
@@ -48,6 +50,7 @@ __all__ = [
     "Host",
     "LimitReached",
     "LinkFaults",
+    "MemberNet",
     "Operation",
     "Outcome",
     "Profile",
