@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +100,25 @@ async def through(cluster: Cluster, i: int) -> Through:
     return Through(await cluster.wire(i))
 
 
+def gated(core: handoff.Handoff) -> asyncio.Event:
+    """What a batch's acknowledgement waits for."""
+    gate = asyncio.Event()
+    send = core._send
+
+    async def slow(node: str, batch: list[Hint]) -> None:
+        await send(node, batch)
+        await gate.wait()
+
+    core._send = slow  # type: ignore[method-assign]  # this one's only
+    return gate
+
+
 class Limited(KeptStore):
     """Takes no more records, or no hints, while told so."""
 
     full = False
     hints_full = False
+    hints_refused = 0
 
     def write(self, batch: Batch) -> None:
         if self.full:
@@ -111,6 +127,7 @@ class Limited(KeptStore):
 
     async def save_hints(self, hints: Sequence[Hint], gone: Sequence[bytes], *, synced: bool = False) -> None:
         if self.hints_full:
+            self.hints_refused += 1
             raise StorageFull("no space left")
         await super().save_hints(hints, gone, synced=synced)
 
@@ -463,13 +480,20 @@ async def test_who_does_not_take_them_keeps_its_hints_and_is_tried_again_ever_la
         client = await through(cluster, 0)
         await cluster.down(2)
         await client.put("k", b"v")
-        seen = watch(cluster, is_hint)
+        times: list[float] = []
+
+        def note(src: str, dst: str, message: Message) -> None:
+            if is_hint(message):
+                times.append(time.monotonic())
+
+        cluster.rule(note)
         lose = cluster.rule(lambda src, dst, m: LOST if isinstance(m, ReplicaWriteReply) and src == "n2" else None)
         await cluster.up(2)
-        await until(lambda: len(seen) >= 4)
+        await until(lambda: len(times) >= 4)
         core = cluster.node(0).handoff
         assert pending(cluster) == {"n2": 1}
         await until(lambda: core._retry["n2"][0] >= 0.08)
+        assert all(after - before >= 0.02 + 0.01 * 2**i for i, (before, after) in enumerate(pairwise(times[:4])))
         assert cluster.held("k")[2] == cluster.held("k")[0]  # it has it, but nobody knows
         lose()
         await until(lambda: not pending(cluster))
@@ -500,13 +524,15 @@ async def test_a_stopping_node_ends_the_batch_under_way_and_begins_no_other(monk
         await cluster.down(2)
         await client.put_many({f"k{i}": b"v" for i in range(6)})
         seen = watch(cluster, is_hint)
-        cluster.rule(lambda src, dst, m: (0.1,) if isinstance(m, ReplicaWriteReply) and src == "n2" else None)
         node = cluster.node(0)
+        gate = gated(node.handoff)
         await cluster.up(2)
-        await until(lambda: seen)
-        assert node.handoff.busy
+        await until(lambda: node.handoff.busy)
         cluster._doors[0].node = cluster.nodes[0] = None
-        await node.stop(drain_s=5.0)
+        stop = asyncio.create_task(node.stop(drain_s=5.0))
+        await until(lambda: node.handoff.stopping)
+        gate.set()
+        await stop
         assert len(seen) == 1 and node.handoff.hints.replayed == 2 and len(node.handoff.hints) == 4
         assert isinstance(cluster.stores[0], KeptStore) and len(cluster.stores[0]._hints) == 4  # saved at the end
 
@@ -572,6 +598,7 @@ async def test_hints_that_the_store_does_not_take_are_kept_in_memory_and_saved_l
         await client.put("k", b"v")
         assert pending(cluster) == {"n2": 1}
         await client.put("k", b"w")
+        await until(lambda: store.hints_refused >= 4)
         assert store._hints == {}
         store.hints_full = False
         await until(lambda: len(store._hints) == 1)
@@ -650,12 +677,14 @@ async def test_a_drop_waits_for_what_is_under_way_and_tells_of_a_store_that_fail
         await cluster.down(2)
         await client.put("k", b"v")
         core = cluster.node(0).handoff
-        seen = watch(cluster, is_hint)
-        cluster.rule(lambda src, dst, m: (0.05,) if isinstance(m, ReplicaWriteReply) and src == "n2" else None)
+        gate = gated(core)
         await cluster.up(2)
-        await until(lambda: seen)
-        assert core.busy
-        assert await core.drop(lambda hint: True) == 0  # it was delivered meanwhile
+        await until(lambda: core.busy)
+        drop = asyncio.create_task(core.drop(lambda hint: True))
+        await asyncio.sleep(0)
+        assert not drop.done() and len(core.hints) == 1
+        gate.set()
+        assert await drop == 0  # it was delivered meanwhile
         assert not core.busy and core.hints.replayed == 1
         store = cluster.stores[0]
         assert isinstance(store, Limited)

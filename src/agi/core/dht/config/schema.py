@@ -571,7 +571,7 @@ class HintsConfig:
         128,
         integer(0, 65_536),
         "What a node keeps for one other, in memory and in its store; past it the oldest go. A hint counts for its "
-        "record, its key and 350 bytes: time covered = bytes_max / (missed writes a second x hint). 0: no hints.",
+        "record, its key and 400 bytes: time covered = bytes_max / (missed writes a second x hint). 0: no hints.",
         unit="MiB for each node that is away",
         more="memory and disk of the process: this times the nodes that are away at once, and the start after a crash "
         "takes longer",

@@ -28,7 +28,7 @@ import xxhash
 
 from agi.core.dht.errors import StorageCorrupt
 
-HINT_OVERHEAD_BYTES = 350
+HINT_OVERHEAD_BYTES = 400
 """What a hint takes beyond its key and record: objects, a place in the queue, for a while one among the unsaved."""
 _CHECKSUM_BYTES = 8
 _UNKNOWN = object()
