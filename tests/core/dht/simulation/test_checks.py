@@ -57,6 +57,8 @@ ALLOWED = {
     "a read at ONE may be behind": Story().put("a", 0, 1).put("b", 2, 3).get("a", 4, 5, **ONE),
     "a write at ONE promises nothing": Story().put("a", 0, 1).put("b", 2, 3, **ONE).get("a", 4, 5),
     "a failed read promises nothing": Story().put("a", 0, 1).get(None, 2, 3, outcome=Outcome.FAILED),
+    "a put takes effect before a newer one, is read so by an older read, and then again": (
+        Story().get("b", 0, 5).put("a", 1, 2, version=7).put("b", 3, 9, version=8).get("a", 6, 7).get("b", 10, 11)),
     "versions grow": Story().put("a", 0, 1, version=5).get("a", 2, 3, version=5).put("b", 4, 5, version=6),
     "versions of concurrent calls": Story().put("a", 0, 9, version=5).put("b", 1, 2, version=4),
     "a call that ends just by its deadline": Story().get(None, 0, 100),
@@ -67,6 +69,8 @@ FORBIDDEN = {
     "an older value is read": (Story().put("a", 0, 1).put("b", 2, 3).get("a", 4, 5), "order"),
     "a read goes back behind a read": (
         Story().put("a", 0, 1).put("u", 2, 3, **UNKNOWN).get("u", 4, 5).get("a", 6, 7), "order"),
+    "behind a read of the version that was acknowledged": (
+        Story().get("b", 0, 5, version=8).put("a", 1, 2, version=7).put("b", 3, 9, version=8).get("a", 6, 7), "order"),
     "an unknown write that was seen is lost": (
         Story().put("u", 0, 1, **UNKNOWN).get("u", 2, 3).get(None, 4, 5), "order"),
     "a deleted key is back": (Story().put("a", 0, 1).delete(2, 3).get("a", 4, 5), "order"),

@@ -132,6 +132,10 @@ def check_order(calls: Sequence[Call]) -> Iterable[Finding]:
 
     A write is outdated at a time if some other, which had taken effect by then, was invoked after its own
     acknowledgement. To find nothing is a value too: that of any delete, and of the time before the first write.
+
+    A put that meets a newer record is stamped anew and so takes effect twice (PROTOCOLS V2), before that record and
+    after it. So a read tells only that what was acknowledged before the read began is outdated, unless it shows the
+    very version that was acknowledged.
     """
     writes = {call.value: call for call in calls if call.action is Action.PUT}
     known: list[_Known] = []
@@ -141,8 +145,9 @@ def check_order(calls: Sequence[Call]) -> Iterable[Finding]:
         if call.action is not Action.READ:
             known.append((call.returned, call.invoked, call))
         elif call.value is not None and (seen := writes.get(call.value)) is not None:
-            known.append((call.returned, seen.invoked, seen))
-    times, newest = _newest(known)
+            final = call.version and call.version == seen.version
+            known.append((call.returned, seen.invoked if final else min(seen.invoked, call.invoked), seen))
+    times, measures, newest = _newest(known)
     deletes = [call for call in calls if call.action is Action.DELETE and call.outcome is not Outcome.FAILED]
     for read in calls:
         if read.action is not Action.READ or not _counts(read):
@@ -150,13 +155,13 @@ def check_order(calls: Sequence[Call]) -> Iterable[Finding]:
         at = bisect_left(times, read.invoked) - 1  # events of one moment are not ordered
         if at < 0:
             continue
-        later = newest[at]
+        later, outdated = newest[at], measures[at]
         if read.value is not None:
             write = writes.get(read.value)
-            if write is not None and _acknowledged_at(write) < later.invoked:
+            if write is not None and _acknowledged_at(write) < outdated:
                 yield Finding("order", f"{read} returned {write}, although {later} had taken effect")
         elif later.action is Action.PUT and not any(
-            _acknowledged_at(delete) >= later.invoked and delete.invoked < read.returned for delete in deletes
+            _acknowledged_at(delete) >= outdated and delete.invoked < read.returned for delete in deletes
         ):
             yield Finding("order", f"{read} found nothing, although {later} had taken effect")
 
@@ -164,7 +169,7 @@ def check_order(calls: Sequence[Call]) -> Iterable[Finding]:
 def check_versions(calls: Iterable[Call]) -> Iterable[Finding]:
     """Versions of a key never go back: not from read to read, nor from a write to what is read or written after it."""
     known: list[_Known] = [(call.returned, call.version, call) for call in calls if _counts(call) and call.version]
-    times, newest = _newest(known)
+    times, _, newest = _newest(known)
     for call in calls:
         if _counts(call) and call.version:
             at = bisect_left(times, call.invoked) - 1
@@ -185,18 +190,20 @@ def check_scan(found: Sequence[tuple[str, bytes]], live: Mapping[str, bytes]) ->
     return findings
 
 
-def _newest(known: list[_Known]) -> tuple[list[float], list[Call]]:
-    """For times in ascending order: the call with the greatest second part up to then."""
+def _newest(known: list[_Known]) -> tuple[list[float], list[float | int], list[Call]]:
+    """For times in ascending order: the greatest second part up to then, and its call."""
     known.sort(key=lambda entry: (entry[0], entry[1], entry[2].number))
     times: list[float] = []
+    measures: list[float | int] = []
     newest: list[Call] = []
-    greatest = -1.0
+    greatest: float | int = -1
     for at, measure, call in known:
         if measure > greatest:
             greatest = measure
             times.append(at)
+            measures.append(measure)
             newest.append(call)
-    return times, newest
+    return times, measures, newest
 
 
 def _counts(call: Call) -> bool:
