@@ -153,6 +153,7 @@ class Cluster:
             "dht.ring.virtual_nodes": 8,
             "dht.ring.hash_algorithm": "xxh3",
             "dht.expiry.sweep_interval_ms": 3_600_000,
+            "dht.repair.interval_ms": 0,
             **(settings or {}),
         }
         self._per_node = per_node or {}

@@ -105,6 +105,30 @@ async def test_hints_show_by_target_and_what_became_of_them() -> None:
     assert back["dht_hints_replayed_total", ""] == 6 and back["dht_hint_replay_bytes_total", ""] > 6 * 300_000
 
 
+async def test_what_repair_found_and_what_it_took_shows() -> None:
+    async with Cluster(3, settings={"dht.hints.bytes_max_mb": 0}) as cluster:
+        for i in range(20):
+            cluster.plant(0, f"k{i}", b"v", at_ms=cluster.clocks[0].wall_ms() - 60_000)
+        cluster.node(0).antientropy.keeper.forget()
+        before = await _scrape(cluster.node(0))
+        await until(lambda: all(node.antientropy.keeper.unknown == 0 for node in cluster.living()))
+        for other in ("n1", "n2"):
+            await cluster.node(0).antientropy.exchange(other)
+        await (await cluster.client(0)).put("pending", b"v", consistency="ALL")
+        scrape = await _scrape(cluster.node(0))
+        served = await _scrape(cluster.node(1))
+    assert before["dht_repair_unknown_ranges", ""] > 100 and ("dht_repair_round_age_seconds", "") not in before
+    assert [scrape["dht_repair_exchanges_total", each] for each in ("done", "failed", "served")] == [2, 0, 0]
+    assert served["dht_repair_exchanges_total", "served"] == 1
+    assert scrape["dht_repair_differences_total", ""] == scrape["dht_repair_keys_total", "sent"] == 40
+    assert scrape["dht_repair_keys_total", "received"] == 0
+    assert scrape["dht_repair_ranges_total", "equal"] > scrape["dht_repair_ranges_total", "differing"] > 20
+    assert scrape["dht_repair_bytes_total", "sent"] > 1000 < scrape["dht_repair_bytes_total", "received"]
+    assert 0 <= scrape["dht_repair_round_age_seconds", ""] < 10
+    assert scrape["dht_repair_pending_keys", ""] >= 1 and scrape["dht_repair_unknown_ranges", ""] == 0
+    assert scrape["dht_repair_ranges_built_total", ""] > 100
+
+
 async def test_a_store_that_does_not_answer_is_told() -> None:
     async with Cluster(1, factor=1) as cluster:
         text = generate_latest(NodeSamples(cluster.node(0), None)).decode()

@@ -51,6 +51,30 @@ SAMPLES: list[Message] = [
     messages.EpochReply(id=9, granted=True, promised=(1, 7), accepted=(1, 7), value=b"u", newer=b"w"),
     messages.TopologyDigest(generation=1, epoch=2, digest="d"),
     messages.TopologyNews(topology=b"t"),
+    messages.TreeRoot(id=10, epoch=1, trace="", first=0, last=(1 << 64) - 1, ranges=9, root=1 << 63, records=5),
+    messages.TreeRootReply(id=10, totals=bytes(72), unknown=b"\x01"),
+    messages.TreeNodes(
+        id=11, epoch=1, trace="", first=0, last=9, salt=(1 << 64) - 1, ranges=[1], shifts=[64], indexes=[0], below=[56]
+    ),
+    messages.TreeNodesReply(id=11, shifts=[56], sums=bytes(8)),
+    messages.TreeRecords(
+        id=12,
+        epoch=1,
+        trace="",
+        first=0,
+        last=9,
+        salt=1,
+        ranges=[1],
+        shifts=[4],
+        indexes=[7],
+        counts=[1],
+        digests=bytes(4),
+        start=3,
+        end=1 << 63,
+    ),
+    messages.TreeRecordsReply(id=12, missing=[0], extra=bytes(16), nodes=1, up_to=1 << 63),
+    messages.TreeFetch(id=13, epoch=1, trace="", tokens=bytes(8)),
+    messages.TreeFetchReply(id=13, keys=[b"k"], records=[b"r"], taken=1),
 ]
 STREAM = b"".join(encode(message) for message in SAMPLES)
 
@@ -116,6 +140,14 @@ def test_wire_constants() -> None:
         "EpochReply": 72,
         "TopologyDigest": 73,
         "TopologyNews": 74,
+        "TreeRoot": 60,
+        "TreeRootReply": 61,
+        "TreeNodes": 62,
+        "TreeNodesReply": 63,
+        "TreeRecords": 64,
+        "TreeRecordsReply": 65,
+        "TreeFetch": 66,
+        "TreeFetchReply": 67,
     }
     assert types.KEY_BYTES_MAX == 1024
 

@@ -972,6 +972,74 @@ async def test_hints_are_brought_at_that_pace() -> None:
                 assert after - before >= sum(map(len, records)) / rate
 
 
+# --- repair
+
+
+def missed(cluster: Cluster, count: int, size: int) -> list[str]:
+    """Keys that only n0 holds, since long ago, behind the nodes' backs."""
+    keys = KEYS[:count]
+    for key in keys:
+        cluster.plant(0, key, bytes(size), at_ms=cluster.clocks[0].wall_ms() - 60_000)
+    for living in cluster.living():
+        living.antientropy.keeper.forget()
+    return keys
+
+
+def has_all(cluster: Cluster, keys: list[str]) -> bool:
+    return all(cluster.held(key)[1] is not None for key in keys)
+
+
+async def knows_its_trees(cluster: Cluster) -> None:
+    await until(lambda: not any(living.antientropy.keeper.unknown for living in cluster.living()))
+
+
+@effect_of("repair.interval_ms")
+async def test_replicas_are_compared_at_that_interval_or_only_when_ordered() -> None:
+    async with Cluster(2, factor=2, settings={"dht.repair.interval_ms": 30}) as cluster:
+        began = time.monotonic()
+        keys = missed(cluster, 20, 10)
+        await until(lambda: has_all(cluster, keys))
+        exchanges = sum(living.antientropy.totals.exchanges for living in cluster.living())
+        await until(lambda: sum(living.antientropy.totals.exchanges for living in cluster.living()) > exchanges + 10)
+        assert time.monotonic() - began > 0.2  # about 30 ms each
+    async with Cluster(2, factor=2, settings={"dht.repair.interval_ms": 0}) as cluster:
+        keys = missed(cluster, 20, 10)
+        await knows_its_trees(cluster)
+        await asyncio.sleep(0.1)
+        assert [living.antientropy.totals.exchanges for living in cluster.living()] == [0, 0]
+        await (await cluster.client()).repair()
+        assert has_all(cluster, keys)
+
+
+@effect_of("repair.bytes_per_s")
+async def test_repair_takes_so_many_bytes_a_second() -> None:
+    seconds = []
+    for rate in (100_000, 1 << 30):
+        async with Cluster(2, factor=2, settings={"dht.repair.bytes_per_s": rate}) as cluster:
+            keys = missed(cluster, 100, 1000)
+            await knows_its_trees(cluster)
+            began = time.monotonic()
+            await cluster.node(0).antientropy.exchange("n1")
+            seconds.append(time.monotonic() - began)
+            assert has_all(cluster, keys)
+    assert max(0.75, seconds[1]) < seconds[0]  # 100 records of 1 kB, less what may run ahead
+
+
+@effect_of("repair.build_keys_per_s")
+async def test_trees_are_built_at_that_pace_after_a_start() -> None:
+    seconds = []
+    for rate in (100, 10_000_000):
+        async with Cluster(1, factor=1, settings={"dht.repair.build_keys_per_s": rate}) as cluster:
+            for key in KEYS[:100]:
+                cluster.plant(0, key, b"v", at_ms=1)
+            await cluster.down(0)
+            began = time.monotonic()
+            await cluster.up(0)
+            await knows_its_trees(cluster)
+            seconds.append(time.monotonic() - began)
+    assert max(0.7, seconds[1]) < seconds[0]  # 100 keys, less what may run ahead
+
+
 # --- expiry
 
 

@@ -22,6 +22,7 @@ Module map, from what users see down to what everything stands on; imports only 
     node                wires one node together
     queries, hello      answers to operators: topology, status, stats, locate; whom a node lets in
     coordinator, scan   requests of clients: reads, writes, requests; ordered scans
+    antientropy         replicas compared and repaired: tree_answers, treekeeper
     calls, peers        links to the other nodes
     gossip              which of them are alive
     replica             this node's copy of its keys
@@ -29,7 +30,7 @@ Module map, from what users see down to what everything stands on; imports only 
     storage, transport  memory, RocksDB, Redis; native frames, gRPC, memory
     observability       counters, logs
     config, clock       settings; injected time
-    protocol            pure state machines: quorums, group commit, versions, first topology, messages
+    protocol            pure state machines: quorums, group commit, versions, first topology, hash trees, messages
     topology, ring      who owns what; consistent hashing
     types, errors       values, limits, the error tree
 """

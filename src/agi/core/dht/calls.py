@@ -20,13 +20,23 @@ from agi.core.dht.protocol.messages import (
     ReplicaScanReply,
     ReplicaWrite,
     ReplicaWriteReply,
+    TreeFetch,
+    TreeFetchReply,
+    TreeNodes,
+    TreeNodesReply,
+    TreeRecords,
+    TreeRecordsReply,
+    TreeRoot,
+    TreeRootReply,
 )
 from agi.core.dht.transport.codec import encode
 
 ID_BASE = 1 << 62
 
-Request = ReplicaRead | ReplicaWrite | ReplicaScan | EpochPrepare | EpochAccept
-Reply = ReplicaReadReply | ReplicaWriteReply | ReplicaScanReply | EpochReply
+TreeRequest = TreeRoot | TreeNodes | TreeRecords | TreeFetch
+TreeReply = TreeRootReply | TreeNodesReply | TreeRecordsReply | TreeFetchReply
+Request = ReplicaRead | ReplicaWrite | ReplicaScan | EpochPrepare | EpochAccept | TreeRequest
+Reply = ReplicaReadReply | ReplicaWriteReply | ReplicaScanReply | EpochReply | TreeReply
 
 
 class Calls:

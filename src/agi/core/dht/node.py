@@ -15,6 +15,9 @@ from typing import Any, TypeAlias
 import msgspec
 import structlog
 
+from agi.core.dht.antientropy import REPLIES as TREE_REPLIES
+from agi.core.dht.antientropy import REQUESTS as TREE_REQUESTS
+from agi.core.dht.antientropy import AntiEntropy
 from agi.core.dht.bootstrap import Bootstrapper
 from agi.core.dht.calls import ID_BASE, Calls
 from agi.core.dht.clock import Clock
@@ -197,6 +200,21 @@ class Node:
         self.detector.on_status(lambda member, status: self.handoff.wake())
         self.queries = Queries(self)
         self._replica_requests = ReplicaRequests(self, self._own)
+        self.antientropy = AntiEntropy(
+            node_id,
+            self.replica,
+            self.peers,
+            self.calls,
+            clock,
+            rng,
+            self._own,
+            self._replica_requests.stale,
+            interval_s=config.repair.interval_ms / 1000,
+            bytes_per_s=config.repair.bytes_per_s,
+            build_keys_per_s=config.repair.build_keys_per_s,
+            timeout_s=config.network.timeout_ms / 1000,
+            max_clock_skew_ms=config.versions.max_clock_skew_ms,
+        )
         self.epochs = Epochs(self, self._ledger, rng, self._own)
         self._dispatch: dict[type, Handler] = {
             Get: self._get,
@@ -211,6 +229,7 @@ class Node:
             ReplicaRead: self._replica_requests.read,
             ReplicaWrite: self._replica_requests.write,
             ReplicaScan: self._replica_requests.scan,
+            **dict.fromkeys(TREE_REQUESTS, self.antientropy.request),
             **dict.fromkeys(MESSAGES, self.detector.request),
         }
 
@@ -410,6 +429,7 @@ class Node:
             slow_request_ms=config.observability.slow_request_ms,
         )
         self.handoff.adopt(topology)
+        self.antientropy.start(topology, self.ring)
         self.detector.start(topology, self.identity.boot)
         self.epochs.start(topology)
         self._link_to_members(topology)
@@ -436,6 +456,7 @@ class Node:
         self.coordinator.adopt(topology, self.ring)
         self.scanner.adopt(topology, self.ring)
         self.handoff.adopt(topology)
+        self.antientropy.adopt(topology, self.ring)
         self.detector.set_members(topology)
         self._link_to_members(topology)
 
@@ -598,7 +619,9 @@ class Node:
         self.metrics.frames_received += 1
         coordinator = self.coordinator
         assert coordinator is not None
-        if not isinstance(message, ReplicaReadReply | ReplicaWriteReply | ReplicaScanReply | EpochReply):
+        if isinstance(message, TREE_REPLIES):
+            self.calls.reply(peer, message)
+        elif not isinstance(message, ReplicaReadReply | ReplicaWriteReply | ReplicaScanReply | EpochReply):
             self.detector.reply(peer, message)
         elif message.id >= ID_BASE:
             self.calls.reply(peer, message)
@@ -610,6 +633,7 @@ class Node:
     def _peer_connected(self, peer: Peer) -> None:
         self.detector.connected(peer)
         self.handoff.connected(peer)
+        self.antientropy.connected(peer.node_id)
         self._look_for_quorums()
 
     def _peer_lost(self, node_id: str, error: DHTError) -> None:

@@ -36,6 +36,10 @@ class Queries:
             return msgspec.msgpack.encode([msgspec.to_builtins(past) for past in await node.epochs.history()])
         if what == "stats":
             return msgspec.msgpack.encode(await self.stats())
+        if what == "repair":
+            return msgspec.msgpack.encode(node.antientropy.repair(_bounds(key)))
+        if what == "repair_state":
+            return msgspec.msgpack.encode(node.antientropy.repair_state())
         if what == "locate" and key:
             return msgspec.msgpack.encode(await self.locate(key))
         raise InvalidRequest(f"unknown question {what!r}")
@@ -101,6 +105,7 @@ class Queries:
             "bytes": stats.bytes,
             "storage": node.store.name,
             "hints": {target.node: target.hints for target in node.handoff.hints.pending()},
+            "repair": node.antientropy.state(),
             "peers": {
                 name: {
                     "connected": name in node.peers.connected,
@@ -166,6 +171,15 @@ class Queries:
         found: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
         node.replica.read([key], partial(_settle, found))
         return await found
+
+
+def _bounds(packed: bytes) -> tuple[int, int]:
+    """First and last token, 8 bytes each; nothing stands for all of them."""
+    if not packed:
+        return 0, (1 << 64) - 1
+    if len(packed) != 16:
+        raise InvalidRequest("a range of tokens is two of 8 bytes")
+    return int.from_bytes(packed[:8], "big"), int.from_bytes(packed[8:], "big")
 
 
 def _rss_bytes() -> int:

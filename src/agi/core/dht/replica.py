@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from operator import gt
 from typing import Any, TypeAlias
 
@@ -41,6 +41,8 @@ ReadDone: TypeAlias = Callable[[list[bytes | None], WireError | None], None]
 WriteDone: TypeAlias = Callable[[Superseded, list[int] | None, WireError | None], None]
 ScanDone: TypeAlias = Callable[[Page, WireError | None], None]
 Parked: TypeAlias = Callable[[DHTError | None], None]
+HeldDone: TypeAlias = Callable[[list[bytes | None], Collection[bytes], WireError | None], None]
+Changed: TypeAlias = Callable[[list[bytes], Sequence[bytes | None], list[bytes]], None]
 
 
 class Replica:
@@ -63,9 +65,12 @@ class Replica:
         self._commit: GroupCommit[Parked] | None = GroupCommit() if store.local and store.group_sync else None
         self._sync_started = 0.0
         self._refusals = Throttle(1)
-        self._queue: deque[tuple[int, list[bytes], list[bytes], bool, WriteDone]] = deque()
+        self._queue: deque[tuple[int, list[bytes], list[bytes], bool, WriteDone, HeldDone | None]] = deque()
         self._queued = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self.on_change: Changed | None = None
+        """Told of keys whose records are about to change, of the headers that they had, and which had none."""
+        self._applying: Collection[bytes] = ()
         self.on_store_failed: Callable[[DHTError], None] = lambda error: None
         """Told once when the store can no longer be written (a failed sync)."""
 
@@ -136,6 +141,23 @@ class Replica:
                     headers[index] = record
         return headers
 
+    def held(self, keys: list[bytes], done: HeldDone) -> None:
+        """At least the headers of what the store itself holds, expired records as they are, and which of the keys are
+        about to change: merged, but not in the store yet."""
+        if not self.store.local:
+            self._enqueue(-1, keys, [], False, lambda *_: None, done)
+            return
+        try:
+            headers = self.store.headers(keys)
+        except DHTError as error:
+            done([], (), error.to_wire())
+            return
+        done(headers, self.unsettled(), None)
+
+    def unsettled(self) -> Collection[bytes]:
+        """Keys that are about to change in the store."""
+        return self._commit.waiting.keys() if self._commit is not None else self._applying
+
     async def scan(self, start: bytes, end: bytes, limit: int, bytes_max: int, done: ScanDone) -> None:
         """A page of records in key order, tombstones included."""
         try:
@@ -194,6 +216,8 @@ class Replica:
                 headers = self.headers(keys)
                 assert headers is not None
             merged, inserts, superseded, live = self._merge(mode, keys, records, headers, want_live)
+            if merged and self.on_change is not None:
+                self.on_change(keys, headers, inserts)
             if commit is None:
                 if merged:
                     self.store.write(Batch(merged, inserts))
@@ -360,10 +384,25 @@ class Replica:
     def _write_remote(
         self, mode: int, keys: list[bytes], records: list[bytes], want_live: bool, done: WriteDone
     ) -> None:
+        self._enqueue(mode, keys, records, want_live, done, None)
+
+    def _enqueue(
+        self,
+        mode: int,
+        keys: list[bytes],
+        records: list[bytes],
+        want_live: bool,
+        done: WriteDone,
+        held: HeldDone | None,
+    ) -> None:
         if len(self._queue) >= REMOTE_QUEUE_MAX:
-            done(None, None, Overloaded(f"{len(self._queue)} writes wait for the store already").to_wire())
+            full = Overloaded(f"{len(self._queue)} writes wait for the store already").to_wire()
+            if held is not None:
+                held([], (), full)
+            else:
+                done(None, None, full)
             return
-        self._queue.append((mode, keys, records, want_live, done))
+        self._queue.append((mode, keys, records, want_live, done, held))
         self._queued.set()
 
     async def _remote_writer(self) -> None:
@@ -371,18 +410,30 @@ class Replica:
             await self._queued.wait()
             self._queued.clear()
             while self._queue:
-                mode, keys, records, want_live, done = self._queue.popleft()
+                mode, keys, records, want_live, done, held = self._queue.popleft()
+                superseded, live = None, None
+                failure: WireError | None = None
+                headers: list[bytes | None] = []
                 try:
                     async with asyncio.timeout(STORE_TIMEOUT_S):
                         headers = await self.store.get_many(keys)
-                        merged, inserts, superseded, live = self._merge(mode, keys, records, headers, want_live)
-                        if merged:
-                            await self.store.apply(Batch(merged, inserts))
+                        if held is None:
+                            merged, inserts, superseded, live = self._merge(mode, keys, records, headers, want_live)
+                            if merged:
+                                if self.on_change is not None:
+                                    self.on_change(keys, headers, inserts)
+                                self._applying = keys
+                                await self.store.apply(Batch(merged, inserts))
                 except DHTError as error:
                     self._metrics.replica_errors += 1
-                    done(None, None, error.to_wire())
+                    failure = error.to_wire()
                 except TimeoutError:
-                    done(None, None, StorageError("the store did not answer in time").to_wire())
+                    failure = StorageError("the store did not answer in time").to_wire()
+                self._applying = ()
+                if held is not None:
+                    held(headers, (), failure)
+                elif failure is not None:
+                    done(None, None, failure)
                 else:
                     done(superseded, live, None)
 

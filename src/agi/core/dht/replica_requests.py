@@ -57,7 +57,7 @@ class ReplicaRequests:
         self._throttle = Throttle()
         self._debug = node.config.observability.log_level == "debug"
 
-    def _stale(self, session: Session, epoch: int) -> WireError | None:
+    def stale(self, session: Session, epoch: int) -> WireError | None:
         """Why a replica request is refused. Clients may read replicas directly; only members may write to them."""
         topology = self._node.topology
         if topology is None:
@@ -75,7 +75,7 @@ class ReplicaRequests:
     def read(self, session: Session, link: Link, request: ReplicaRead) -> None:
         if self._debug:
             _log.debug("replica_read", trace=request.trace, peer=session.name, keys=len(request.keys))
-        stale = self._stale(session, request.epoch)
+        stale = self.stale(session, request.epoch)
         if stale is not None:
             link.send(ReplicaReadReply(request.id, [], stale))
         else:
@@ -96,7 +96,7 @@ class ReplicaRequests:
     def write(self, session: Session, link: Link, request: ReplicaWrite) -> None:
         if self._debug:
             _log.debug("replica_write", trace=request.trace, peer=session.name, keys=len(request.keys))
-        stale = self._stale(session, request.epoch)
+        stale = self.stale(session, request.epoch)
         if session.kind == "client":
             raise ProtocolMismatch("a client does not write to replicas")
         if stale is None and (not request.keys or len(request.keys) != len(request.records)):
@@ -126,7 +126,7 @@ class ReplicaRequests:
     def scan(self, session: Session, link: Link, request: ReplicaScan) -> None:
         if self._debug:
             _log.debug("replica_scan", trace=request.trace, peer=session.name, limit=request.limit)
-        error = self._stale(session, request.epoch)
+        error = self.stale(session, request.epoch)
         if error is None and self.scans >= REPLICA_SCANS_MAX:
             error = Overloaded(f"{self.scans} scans are under way at {self._node.node_id} already").to_wire()
         if error is not None:

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from agi.core.dht import handoff, node
+from agi.core.dht import handoff, node, tree_answers
 from agi.core.dht.errors import Unavailable
 from agi.core.dht.identity import Ledger
 from agi.core.dht.protocol import dissemination
 from agi.core.dht.protocol.bootstrap import Bootstrap, StoreVote
 from agi.core.dht.protocol.commit import GroupCommit
 from agi.core.dht.protocol.dedup import RequestTable
-from agi.core.dht.protocol.messages import Claim
+from agi.core.dht.protocol.messages import Claim, TreeRoot, TreeRootReply
 from agi.core.dht.protocol.quorum import ReadQuorum, WriteQuorum
+from agi.core.dht.protocol.record import EXPIRES, FLAGS, HEADER, created_ms_of, hlc_of, pack
 from agi.core.dht.protocol.register import Proposer, Reply, State
 from agi.core.dht.protocol.versioning import writer_id
 from agi.core.dht.replica import Replica
@@ -32,6 +33,7 @@ from agi.core.dht.testing.report import Report
 from agi.core.dht.testing.scenario import Profile
 from agi.core.dht.testing.trial import run_seed
 from agi.core.dht.topology import Topology
+from agi.core.dht.treekeeper import TreeKeeper
 from agi.core.dht.types import MemberStatus
 from agi.core.dht.writes import WriteGroup
 
@@ -221,6 +223,30 @@ def _hint_of_a_failed_write() -> AbstractContextManager[Any]:
     return mock.patch.object(WriteGroup, "_done", done)
 
 
+def _ttl_dropped_in_repair() -> AbstractContextManager[Any]:
+    real = TreeKeeper.read
+
+    async def read(self: TreeKeeper, keys: list[bytes]) -> list[bytes | None]:
+        return [
+            record if record is None or record[FLAGS] != EXPIRES else _without_ttl(key, record)
+            for key, record in zip(keys, await real(self, keys), strict=True)
+        ]
+
+    return mock.patch.object(TreeKeeper, "read", read)
+
+
+def _without_ttl(key: bytes, record: bytes) -> bytes:
+    writer, created_ms = int.from_bytes(record[8:16], "big"), created_ms_of(record)
+    return pack(key, record[HEADER:], hlc_of(record), writer, created_ms)
+
+
+def _differences_unseen() -> AbstractContextManager[Any]:
+    def answer(trees: Any, positions: Any, request: TreeRoot) -> TreeRootReply:
+        return TreeRootReply(request.id)
+
+    return mock.patch.object(tree_answers, "answer_root", answer)
+
+
 MUTANTS = (
     Mutant("w-is-one", "a write is acknowledged by W replicas", _w_is_one, Profile.NETWORK),
     Mutant("ack-before-persist", "D1: persist before send", _acknowledge_before_persist, Profile.POWER),
@@ -239,6 +265,8 @@ MUTANTS = (
     Mutant("never-refuted", "an accused node refutes", _suspicion_never_refuted, Profile.NETWORK),
     Mutant("hint-overwrites", "a hint never replaces a newer record", _hint_overwrites_newer_record, Profile.NETWORK),
     Mutant("hint-of-failure", "D3: a failed write leaves no hint", _hint_of_a_failed_write, Profile.NETWORK),
+    Mutant("ttl-dropped", "a record is repaired whole, with its TTL", _ttl_dropped_in_repair, Profile.CHAOS),
+    Mutant("differences-unseen", "replicas become equal without reads", _differences_unseen, Profile.NETWORK),
     Mutant("formed-by-majority", "T11: all of the listed nodes decide epoch 1", _formed_by_majority, None),
 )
 

@@ -29,6 +29,7 @@ class NodeSamples:
         yield from self._requests()
         yield from self._replica()
         yield from self._hints()
+        yield from self._repair()
         yield from self._wires()
         yield from self._cluster()
         yield from self._health()
@@ -95,6 +96,26 @@ class NodeSamples:
         yield _counter("dht_hint_replay_bytes", "Keys and records sent as hints.", handoff.replayed_bytes)
         dropped = {why.value: count for why, count in handoff.hints.dropped.items()}
         yield _counters("dht_hints_dropped", "Hints given up, by reason.", "reason", dropped)
+
+    def _repair(self) -> Iterator[Metric]:
+        repair = self._node.antientropy
+        totals, keeper = repair.totals, repair.keeper
+        outcomes = {"done": totals.exchanges - totals.failed, "failed": totals.failed, "served": repair.answers.served}
+        yield _counters("dht_repair_exchanges", "Comparisons with peers, begun or served.", "outcome", outcomes)
+        ranges = {"equal": totals.ranges - totals.differing, "differing": totals.differing}
+        yield _counters("dht_repair_ranges", "Ranges compared.", "result", ranges)
+        yield _counter("dht_repair_differences", "Keys of which a replica was behind.", totals.differences)
+        keys = {"sent": totals.keys_sent, "received": totals.keys_received}
+        yield _counters("dht_repair_keys", "Records brought to a replica.", "direction", keys)
+        sizes = {"sent": totals.bytes_sent, "received": totals.bytes_received}
+        yield _counters("dht_repair_bytes", "Bytes of all that comparing and repairing took.", "direction", sizes)
+        age_s = repair.round_age_s
+        if age_s is not None:
+            text = "Time since every peer had been compared with in full; absent before the first time."
+            yield _gauge("dht_repair_round_age_seconds", text, age_s)
+        yield _gauge("dht_repair_pending_keys", "Changed keys that are not in the hash trees yet.", keeper.pending)
+        yield _gauge("dht_repair_unknown_ranges", "Ranges whose hash tree is not built yet.", keeper.unknown)
+        yield _counter("dht_repair_ranges_built", "Hash trees built from a scan.", keeper.built)
 
     def _wires(self) -> Iterator[Metric]:
         yield _counter(

@@ -50,6 +50,7 @@ COMMANDS = {
     ),
     "ring": Lazy("agi.core.dht.cli.cluster", "ring", "Show each node's share of the keys."),
     "locate": Lazy("agi.core.dht.cli.cluster", "locate", "Show where a key lies and what each replica holds."),
+    "repair": Lazy("agi.core.dht.cli.repair", "repair", "Compare all replicas now, and bring each what it has missed."),
     "config": Lazy("agi.core.dht.cli.settings", "app", "Check and show the settings of a node."),
 }
 

@@ -30,11 +30,13 @@ def status(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json:
     Asks each node itself, so it works while nodes are down, and before the cluster has formed. Exit code 0: all nodes
     are ready; 13: some are not, or do not answer; 23: nobody answers. A number of keys after ~ is an estimate;
     tombstones count. Hints are records that a node keeps for others that missed them; without any, and with all nodes
-    connected, nobody waits for any.
+    connected, nobody waits for any. Repaired: how long ago the node had been compared with each that shares replicas
+    with it.
 
     --json prints {"ready", "cluster", "epoch", "nodes": [{"node_id", "address", "reachable", "error", and if reachable
     "ready", "waiting_for", "storage", "keys", "keys_exact", "bytes", "epoch", "boot", "hints": {node id: records kept
-    for it}, "peers": {node id: {"connected", "status", "error"}}}]}; a peer's status is ALIVE, SUSPECT, DEAD or LEFT.
+    for it}, "repair": {"last_round_s", "unknown_ranges", "pending_keys"}, "peers": {node id: {"connected", "status",
+    "error"}}}]}; a peer's status is ALIVE, SUSPECT, DEAD or LEFT.
 
     Examples:
 
@@ -66,8 +68,8 @@ def status(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json:
         summary = {"ready": ready, "cluster": topology.get("cluster"), "epoch": topology.get("epoch", 0)}
         output.document({**summary, "nodes": nodes})
     else:
-        columns = ("node", "address", "state", "storage", "keys", "bytes", "epoch", "boot", "hints", "peers")
-        output.table(columns, [_status_row(node) for node in nodes])
+        first = ("node", "address", "state", "storage", "keys", "bytes", "epoch", "boot")
+        output.table((*first, "hints", "repaired", "peers"), [_status_row(node) for node in nodes])
         for node in nodes:
             for trouble in _troubles(node):
                 output.line(output.printable(trouble, keep_backslash=True))
@@ -78,7 +80,7 @@ def status(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json:
 def _status_row(node: dict[str, Any]) -> tuple[str, ...]:
     name = node["node_id"] or "?"
     if not node["reachable"]:
-        return name, node["address"], "unreachable", "", "", "", "", "", "", ""
+        return name, node["address"], "unreachable", "", "", "", "", "", "", "", ""
     peers = node["peers"]
     return (
         name,
@@ -90,8 +92,14 @@ def _status_row(node: dict[str, Any]) -> tuple[str, ...]:
         str(node["epoch"]),
         str(node["boot"]),
         str(sum(node.get("hints", {}).values())),
+        _repaired(node.get("repair", {}).get("last_round_s")),
         f"{sum(peer['connected'] for peer in peers.values())}/{len(peers)}",
     )
+
+
+def _repaired(age_s: float | None) -> str:
+    """How long ago all replicas had been compared."""
+    return "-" if age_s is None else f"{age_s:.0f}s" if age_s < 600 else f"{age_s / 60:.0f}min"
 
 
 def _troubles(node: dict[str, Any]) -> Iterator[str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from agi.core.dht.client.batches import Batch, Gathered, Kind, OpenBatch
 from agi.core.dht.client.members import MemberStates, StatusCallback
+from agi.core.dht.client.repairs import order_repairs
 from agi.core.dht.client.session import Session
 from agi.core.dht.clock import Clock, SystemClock
 from agi.core.dht.errors import BatchError, ClientClosed, DHTError, InvalidRequest
@@ -426,6 +427,23 @@ class DHTClient:
         """Token and replicas of a key, and what each replica holds."""
         located: dict[str, Any] = await self._live().query(self._any(), "locate", encode_key(key))
         return located
+
+    async def repair(
+        self,
+        node_id: str | None = None,
+        tokens: tuple[int, int] | None = None,
+        on_progress: Callable[[str, dict[str, Any]], object] | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Lets every node, or one, compare its replicas with the others' and settle what differs, now. Returns when all
+        is done: by node id, what was compared, sent and received (repairs.py); `{"error": ...}` for one that does not
+        answer. A range that could not be repaired is in `failed`, by peer.
+
+        Args:
+            tokens: first and last token of the part of the ring that is meant; None for all of it.
+            on_progress: called with (node id, state so far) every now and then.
+        """
+        names = sorted(self._live().nodes) if node_id is None else [node_id]
+        return await order_repairs(self._live(), names, tokens, on_progress)
 
     # --- inside
 

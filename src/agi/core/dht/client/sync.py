@@ -20,7 +20,7 @@ import os
 import random
 import threading
 import weakref
-from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Self, TypeVar, overload
 
@@ -404,6 +404,15 @@ class SyncDHTClient:
     def locate(self, key: str) -> dict[str, Any]:
         """Token and replicas of a key, and what each replica holds."""
         return self._call(self._client.locate(key))
+
+    def repair(
+        self,
+        node_id: str | None = None,
+        tokens: tuple[int, int] | None = None,
+        on_progress: Callable[[str, dict[str, Any]], object] | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """As `DHTClient.repair`; `on_progress` is called in the client's own thread."""
+        return self._call(self._client.repair(node_id, tokens, on_progress))
 
     # --- inside
 

@@ -27,6 +27,7 @@ from agi.core.dht.config.schema import (
     NetworkConfig,
     NodeConfig,
     ObservabilityConfig,
+    RepairConfig,
     ReplicationConfig,
     RequestsConfig,
     RingConfig,
@@ -67,6 +68,7 @@ class Config:
     requests: RequestsConfig = field(default_factory=RequestsConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     hints: HintsConfig = field(default_factory=HintsConfig)
+    repair: RepairConfig = field(default_factory=RepairConfig)
     expiry: ExpiryConfig = field(default_factory=ExpiryConfig)
     observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)

@@ -597,6 +597,40 @@ class HintsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RepairConfig:
+    """Anti-entropy: replicas are compared by hash trees, and what one of them missed is brought to it, whether or not
+    anybody reads it."""
+
+    interval_ms: int = knob(
+        20_000,
+        integer(0, 86_400_000),
+        "How often two nodes that hold replicas in common compare them, give or take a quarter; beside that, 1 to 4 s "
+        "after a link between them comes up. 0: only when `agi-dht repair` orders it.",
+        unit="ms",
+        more="what writes and hints have missed is repaired later",
+        less="2 small messages per pair of nodes and interval while replicas are equal; under heavy writes, which "
+        "overtake every comparison, up to 50 ms of each node's time",
+    )
+    bytes_per_s: int = knob(
+        8_388_608,
+        integer(1024, 1 << 34),
+        "What comparing and repairing may send and receive, of the exchanges that a node begins.",
+        unit="bytes a second",
+        more="requests are slower while much is repaired",
+        less="it takes longer: bytes of all that differs / bytes_per_s",
+    )
+    build_keys_per_s: int = knob(
+        50_000,
+        integer(100, 10_000_000),
+        "Keys that a node reads to build its hash trees after a start; until then it does not compare. So keys / "
+        "build_keys_per_s seconds, beside its requests.",
+        unit="keys a second",
+        more="requests are slower for a while after a start (at 50,000 about 15 % of a core)",
+        less="repair begins later after a start",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class ExpiryConfig:
     """Expired records are found by a sweep and shrunk to tombstones. A reader never sees one, swept or not."""
 

@@ -14,7 +14,7 @@ end of each sync with `synced` or `failed`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -86,6 +86,11 @@ class GroupCommit(Generic[T]):
         if found is None and self._flying is not None:
             found = self._flying.records.get(key)
         return found
+
+    @property
+    def waiting(self) -> Mapping[bytes, bytes]:
+        """Records of the open group: the store does not have them yet."""
+        return self._open.records
 
     def submit(self, records: dict[bytes, bytes], inserts: Sequence[bytes], reply: T) -> Commit | None:
         """Takes merged records (each newer than what was seen); `reply` leaves after their sync. Raises Overloaded or

@@ -160,7 +160,8 @@ class ScanReply(Message):
 
 
 class Query(Message):
-    """Rare questions: `what` is "topology", "history", "status", "stats" or "locate" (with a key)."""
+    """Rare questions: `what` is "topology", "history", "status", "stats", "locate" (with a key), "repair" (`key`:
+    empty, or first and last token) or "repair_state"."""
 
     id: int
     what: str
@@ -354,6 +355,115 @@ class TopologyNews(Message):
     topology: bytes
 
 
+# --- anti-entropy (protocol/exchange.py)
+
+# A node of a tree is named by the position of its range among those that both replicas hold, in token order, and by
+# (shift, index) as in protocol/merkle.py. `first` and `last` bound the comparison: ranges that lie in them in part
+# count. Sums and digests are cut to 32 bits, after a multiplication by `salt`: what hides once shows the next time.
+
+
+class TreeRoot(Message):
+    """Do you hold what I hold? `root` and `records` are of all ranges; `unknown` is a bitmap of those that the sender's
+    root leaves out, empty if none."""
+
+    id: int
+    epoch: int
+    trace: str
+    first: int
+    last: int
+    ranges: int
+    root: int
+    records: int
+    unknown: bytes = b""
+    completed: bool = False
+    """The last comparison that the sender began with the receiver came to its end."""
+
+
+class TreeRootReply(Message):
+    """`totals`: 8 bytes a range, empty if the roots are equal. `unknown` as in the request."""
+
+    id: int
+    totals: bytes = b""
+    unknown: bytes = b""
+    error: WireError | None = None
+
+
+class TreeNodes(Message):
+    """The sums under these nodes, `below[i]` the shift that is asked for."""
+
+    id: int
+    epoch: int
+    trace: str
+    first: int
+    last: int
+    salt: int
+    ranges: list[int]
+    shifts: list[int]
+    indexes: list[int]
+    below: list[int]
+
+
+class TreeNodesReply(Message):
+    """`shifts[i]` is what the sender has: at least `below[i]`; where it is no less than the node's own there are no
+    sums. `sums`: 4 bytes each, node after node."""
+
+    id: int
+    shifts: list[int]
+    sums: bytes = b""
+    error: WireError | None = None
+
+
+class TreeRecords(Message):
+    """What the sender holds under these nodes: `counts[i]` records under the i-th, 4 bytes of `digests` each. Of the
+    first node only tokens from `start` on are meant, of the last only those up to `end`."""
+
+    id: int
+    epoch: int
+    trace: str
+    first: int
+    last: int
+    salt: int
+    ranges: list[int]
+    shifts: list[int]
+    indexes: list[int]
+    counts: list[int]
+    digests: bytes
+    start: int
+    end: int
+
+
+class TreeRecordsReply(Message):
+    """`missing`: positions of the digests that the sender does not hold. `extra`: (token, HLC) of what it holds beyond
+    the digests, 16 bytes each. `up_to`: the token, of the last node looked at, up to which this was compared; `nodes`:
+    how many nodes were."""
+
+    id: int
+    missing: list[int] = []
+    extra: bytes = b""
+    nodes: int = 0
+    up_to: int = 0
+    error: WireError | None = None
+
+
+class TreeFetch(Message):
+    """The records with these tokens, 8 bytes each."""
+
+    id: int
+    epoch: int
+    trace: str
+    tokens: bytes
+
+
+class TreeFetchReply(Message):
+    """`taken`: how many of the tokens were looked at; ask again for the rest."""
+
+    id: int
+    keys: list[bytes]
+    records: list[bytes]
+    taken: int = 0
+    error: WireError | None = None
+
+
 KINDS: dict[int, type[Message]] = {
     1: Hello,
     2: Refused,
@@ -382,6 +492,14 @@ KINDS: dict[int, type[Message]] = {
     44: Gossip,
     45: ViewDigest,
     46: ViewState,
+    60: TreeRoot,
+    61: TreeRootReply,
+    62: TreeNodes,
+    63: TreeNodesReply,
+    64: TreeRecords,
+    65: TreeRecordsReply,
+    66: TreeFetch,
+    67: TreeFetchReply,
     70: EpochPrepare,
     71: EpochAccept,
     72: EpochReply,

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import msgspec
 
+from agi.core.dht.antientropy import Totals
 from agi.core.dht.client import DHTClient
 from agi.core.dht.config import Config, load_config
 from agi.core.dht.errors import DHTError
@@ -29,7 +30,7 @@ from agi.core.dht.protocol.messages import (
     ReplicaWrite,
     TopologyNews,
 )
-from agi.core.dht.protocol.record import FLAGS, SHRUNK
+from agi.core.dht.protocol.record import EXPIRES, FLAGS, HEADER, SHRUNK
 from agi.core.dht.protocol.view import GONE
 from agi.core.dht.testing.checks import Finding
 from agi.core.dht.testing.disk import SimDisk
@@ -37,6 +38,7 @@ from agi.core.dht.testing.host import Host
 from agi.core.dht.testing.network import SimNetwork, SimTransport
 from agi.core.dht.testing.scenario import Scenario, address_of
 from agi.core.dht.testing.simulation import Simulation
+from agi.core.dht.testing.workload import TIMED
 from agi.core.dht.topology import Topology, unpack
 from agi.core.dht.types import MemberStatus
 
@@ -45,6 +47,9 @@ PING_INTERVAL_S, IDLE_TIMEOUT_S = 0.5, 1.5
 CONVERGE_S = 30.0
 ALIVE_S = 10.0
 """By when nodes that are connected hold each other to be alive: some turns of the slowest detector."""
+EQUAL_S = 30.0
+"""By when replicas are equal without being read: some intervals after the last write has ceased to be young, which
+clocks that are behind delay."""
 PROPOSE_TIMEOUT_S = 2.0
 _POLL_S = 0.05
 
@@ -55,7 +60,7 @@ class SimCluster:
     Attributes:
         network, disks: of the simulation; a disk by the name of its node.
         running: the Node of each host that is up.
-        metrics, hints: of every process that was started.
+        metrics, hints, repairs: of every process that was started.
         findings: what was seen on the wire.
         starts_failed, exits: processes that could not start, and those that ended by themselves.
     """
@@ -70,6 +75,7 @@ class SimCluster:
         self.running: dict[str, Node] = {}
         self.metrics: list[Metrics] = []
         self.hints: list[Hints] = []
+        self.repairs: list[Totals] = []
         self.findings: list[Finding] = []
         self.starts_failed = 0
         self.exits = 0
@@ -140,6 +146,7 @@ class SimCluster:
         )
         self.metrics.append(node.metrics)
         self.hints.append(node.handoff.hints)
+        self.repairs.append(node.antientropy.totals)
         node.on_member_status(partial(self._member_status, node, {}))
         try:
             await node.start()
@@ -222,6 +229,29 @@ class SimCluster:
             await asyncio.sleep(_POLL_S)
         return None
 
+    async def wait_equal(self, keys: Iterable[str], within_s: float = EQUAL_S) -> Finding | None:
+        """Waits until all replicas of each key durably hold the same. What they hold, if that is too long."""
+        deadline = self.sim.now + within_s
+        while different := [key for key in keys if len(set(self.held(key).values())) > 1]:
+            if self.sim.now > deadline:
+                held = self.held(different[0])
+                shown = ", ".join(f"{n} {'nothing' if r is None else r[:HEADER].hex()}" for n, r in held.items())
+                return Finding("equal", f"after {within_s:g} s {different} differ, {different[0]}: {shown}")
+            await asyncio.sleep(_POLL_S)
+        return None
+
+    def held(self, key: str) -> dict[str, bytes | None]:
+        """What each replica of a key durably holds."""
+        ring = next(node.ring for node in self.running.values() if node.ring is not None)
+        return {name: self.disks[name].durable(key.encode()) for name in ring.replicas(key.encode())}
+
+    def check_ttl(self, keys: Iterable[str]) -> Iterable[Finding]:
+        """A record keeps its TTL, however it came to where it is."""
+        for key in keys:
+            for name, record in self.held(key).items():
+                if record is not None and record[HEADER:].startswith(TIMED) and not record[FLAGS] & EXPIRES:
+                    yield Finding("ttl", f"{key} at {name} has lost its TTL: {record[:HEADER].hex()}")
+
     def _state(self, name: str) -> str:
         node = self.running.get(name)
         if node is None:
@@ -283,6 +313,8 @@ class SimCluster:
         """Who was declared dead is alive again only by a later start or incarnation of its own."""
         assert node.detector.core is not None
         claim = node.detector.core.view.get(member)
+        if claim.status is not status:
+            return  # one message told of this and of what came after it; only the latter can be seen now
         life = (claim.boot, claim.incarnation)
         self.sim.trace.record("member", f"{node.node_id} holds {member} {status.name} {life}")
         if status in GONE:

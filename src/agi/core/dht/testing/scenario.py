@@ -77,6 +77,8 @@ class Scenario:
         start_s: when each node is first booted.
         faults_from_start: whether the faults begin at once, or when the cluster has formed.
         epochs_every_s: mean time between proposals of a new epoch, each at some node; 0 for none.
+        read_last: whether the judge reads only after all replicas have become equal without that; else it reads first,
+            so that what repair would hide is seen.
     """
 
     seed: int
@@ -92,6 +94,7 @@ class Scenario:
     epochs_every_s: float
     workload: Workload
     plan: FaultPlan = field(repr=False)
+    read_last: bool = False
 
     @classmethod
     def draw(cls, seed: int, profile: Profile | None = None) -> Scenario:
@@ -117,6 +120,7 @@ class Scenario:
                 "network.connection_pool_size": rng.choice((1, 1, 2)),
                 "requests.hedge_budget": rng.choice((0.0, 0.05, 0.5)),
                 **_health(random.Random(f"{seed}/health")),
+                **_repair(random.Random(f"{seed}/repair")),
             },
             {name: rng.randint(-SKEW_MS_MAX, SKEW_MS_MAX) for name in nodes},
             {name: 1.0 + rng.uniform(-DRIFT, DRIFT) for name in nodes},
@@ -125,6 +129,7 @@ class Scenario:
             rng.choice((0.0, 0.2, 1.0)),
             _workload(rng, profile),
             _plan(rng, profile, nodes, safety_s),
+            random.Random(f"{seed}/read last").getrandbits(1) == 0,
         )
 
     def __str__(self) -> str:
@@ -144,6 +149,11 @@ def _peers(nodes: tuple[str, ...], index: int, everyone: bool) -> tuple[str, ...
     """All nodes, or this one and the next two: a list that reaches the others only through theirs."""
     known = nodes if everyone else tuple(nodes[(index + step) % len(nodes)] for step in range(3))
     return tuple(address_of(name) for name in known)
+
+
+def _repair(rng: random.Random) -> dict[str, object]:
+    """Comparisons while the faults last. Records are left alone as young for `timeout_ms`; clients state their own."""
+    return {"repair.interval_ms": rng.choice((200, 500, 2000)), "network.timeout_ms": rng.choice((100, 300, 1000))}
 
 
 def _health(rng: random.Random) -> dict[str, object]:

@@ -2,7 +2,8 @@
 
 1. The nodes boot in a drawn order; clients work; faults happen, from the start or once the cluster has formed.
 2. Everything is healed. Clients finish. All nodes must be connected again within a bounded time.
-3. At rest, every key is read at QUORUM and all are scanned; then the history and the disks are judged (checks.py).
+3. At rest, all replicas of every key must become equal without being read; every key is read at QUORUM and all are
+   scanned; then the history and the disks are judged (checks.py). In half of the seeds the reads come first.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from agi.core.dht.client import DHTClient
-from agi.core.dht.protocol.record import FLAGS, HEADER, TOMBSTONE
+from agi.core.dht.protocol.record import EXPIRES, FLAGS, HEADER, TOMBSTONE
 from agi.core.dht.testing.checks import Call, Finding, History, Outcome, check_history, check_scan
 from agi.core.dht.testing.cluster import CONVERGE_S, SimCluster
 from agi.core.dht.testing.faults import FaultDriver
@@ -75,11 +76,15 @@ class _Trial:
             findings.append(stuck)
         else:
             await asyncio.sleep(self.scenario.workload.timeout_s + 1.0)  # what coordinators still had in hand
+            if self.scenario.read_last:
+                await self._equal()
             self.judge.host.boot(self._judge)
             await self.judge.host.wait_end()
             left = await self.cluster.wait_handed_off()
             if left is not None:
                 findings.append(left)
+            if not self.scenario.read_last:
+                await self._equal()
         findings += check_history(self.history)
         findings += [Finding("deadline", f"{call} never returned") for call in unfinished(self.history.calls)]
         findings += self.cluster.check_topologies()
@@ -113,6 +118,14 @@ class _Trial:
             self.report.findings.append(Finding("deadline", f"clients still ran {patience_s:.1f} s after the healing"))
 
     # --- at rest
+
+    async def _equal(self) -> None:
+        """All replicas of every key become the same by themselves, and nothing is lost on the way."""
+        names = self.scenario.workload.names
+        different = await self.cluster.wait_equal(names)
+        if different is not None:
+            self.report.findings.append(different)
+        self.report.findings += self.cluster.check_ttl(names)
 
     async def _judge(self) -> None:
         """Reads at QUORUM show what was kept. Then reads at ALL, after which no replica has anything left to reveal: a
@@ -168,6 +181,8 @@ class _Trial:
         report.counts["restamps"] = sum(each.restamps for each in metrics)
         report.counts["hints"] = sum(each.stored for each in self.cluster.hints)
         report.counts["hints replayed"] = sum(each.replayed for each in self.cluster.hints)
+        report.counts["exchanges"] = sum(each.exchanges for each in self.cluster.repairs)
+        report.counts["differences repaired"] = sum(each.differences for each in self.cluster.repairs)
         report.counts["epochs proposed"] = self.cluster.proposed
         report.counts["epochs agreed"] = self.cluster.agreed
         report.counts["declared dead"] = self.cluster.declared_dead
@@ -178,4 +193,4 @@ class _Trial:
 def _shows(record: bytes | None, call: Call) -> bool:
     if call.value is None:
         return record is None or bool(record[FLAGS] & TOMBSTONE)
-    return record is not None and not record[FLAGS] and record[HEADER:] == call.value
+    return record is not None and not record[FLAGS] & ~EXPIRES and record[HEADER:] == call.value

@@ -24,6 +24,8 @@ DEADLINE_SLACK_S = 2 * TICK_S
 """A deadline falls into a slot of the timer wheel (one tick), which is looked at every tick (another)."""
 CONNECT_TIMEOUT_S = 3.0
 PREFIX = "k"
+TIMED, TTL_S = b"t", 30 * 86_400.0
+"""Values that begin so were put with this TTL: no clock comes that far, and no record of them may lose it."""
 
 
 class Operation(enum.StrEnum):
@@ -181,9 +183,13 @@ class Client:
             case Operation.GET_ONE:
                 await self.get(client, key, Consistency.ONE, timeout)
             case Operation.PUT:
-                call = self._begin(Action.PUT, key, self._value_of(), level, timeout)
+                timed = rng.getrandbits(1) == 0
+                call = self._begin(Action.PUT, key, (TIMED if timed else b"") + self._value_of(), level, timeout)
+                ttl_s = TTL_S if timed else None
                 try:
-                    version = await client.put(key, call.value or b"", consistency=level, timeout=timeout)
+                    version = await client.put(
+                        key, call.value or b"", ttl_seconds=ttl_s, consistency=level, timeout=timeout
+                    )
                 except DHTError as error:
                     self._recorder.failed(call, error)
                 else:

@@ -1,0 +1,306 @@
+"""Keeps the hash trees of a node true to its store: builds them by scans in the background, folds changed keys in, and
+reads what a comparison asks for (protocol/merkle.py has the trees and their law).
+
+The write path only notes which keys change. Scans are bounded steps held to a rate, folding gives the event loop its
+turn every few keys, and pages shrink where records are large.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import structlog
+
+from agi.core.dht.clock import Clock
+from agi.core.dht.errors import DHTError, from_wire
+from agi.core.dht.protocol.exchange import RECORDS_MAX, SEND_BYTES, Entry, Span, entry_of
+from agi.core.dht.protocol.merkle import FOLD_AT, HashTrees
+from agi.core.dht.protocol.messages import REPAIR, WireError
+from agi.core.dht.replica import STORE_TIMEOUT_S, Replica
+from agi.core.dht.ring import Partition, Ring, token_bytes
+from agi.core.dht.storage.base import Page
+
+_log = structlog.get_logger("agi.core.dht.antientropy")
+
+CUT_TOKENS = 1 << 57
+"""Ranges are cut at multiples of this, so that none is more than 1/128 of the ring, however few virtual nodes there
+are: while a range is built its changes wait."""
+BUILD_KEYS = 16_384
+"""Keys of one building step, unless one range alone has more."""
+FOLD_STEP = 256
+"""Keys folded between two turns of the event loop (0.4 ms); more if many wait."""
+PAGE_KEYS_MAX = 256
+PAGE_BYTES = 1 << 20
+"""A scan reads so many records at a time, fewer once it has met large ones."""
+SPANS_A_TURN = 32
+RETRY_S = 1.0
+BURST_S = 0.25
+"""How far what is held to a rate may run ahead of it."""
+
+Own: TypeAlias = Callable[[Coroutine[Any, Any, None], str], None]
+
+
+class Rate:
+    """Holds what costs to so much a second."""
+
+    def __init__(self, per_s: float, clock: Clock) -> None:
+        self._per_s = per_s
+        self._clock = clock
+        self._free_at = 0.0
+
+    async def spend(self, amount: int) -> None:
+        now = self._clock.monotonic()
+        self._free_at = max(now, self._free_at) + amount / self._per_s
+        ahead_s = self._free_at - now - BURST_S
+        await asyncio.sleep(max(0.0, ahead_s))
+
+
+class TreeKeeper:
+    """
+    Args:
+        own: runs a coroutine as a task that the node owns.
+        keys_per_s: how many keys a scan may read.
+
+    Attributes:
+        partners: other node -> positions of the ranges that it holds too, in token order.
+        adopted: raised whenever positions change their meaning.
+        built: ranges whose tree was built, or built anew.
+    """
+
+    def __init__(self, node_id: str, replica: Replica, clock: Clock, own: Own, keys_per_s: float) -> None:
+        self.partners: dict[str, list[int]] = {}
+        self.adopted = 0
+        self.built = 0
+        self._me = node_id
+        self._replica = replica
+        self._own = own
+        self._scans = Rate(keys_per_s, clock)
+        self._trees: HashTrees | None = None
+        self._token_of: Callable[[bytes], bytes] = bytes
+        self._folding = asyncio.Lock()
+        self._work = asyncio.Event()
+        self._page_keys = PAGE_KEYS_MAX
+
+    def start(self, ring: Ring) -> None:
+        """The node has its first topology; writes come after this."""
+        self._token_of = token_bytes(ring.hash_algorithm)
+        self._trees = HashTrees(self._token_of)
+        self._trees.wake = self._work.set
+        self._replica.on_change = self._trees.changed
+        self.adopt(ring)
+        self._own(self._keep(), "hash trees")
+
+    def adopt(self, ring: Ring) -> None:
+        """Another ring counts. Ranges that it leaves as they are keep their trees."""
+        trees, partners = self.trees, dict[str, list[int]]()
+        held = sorted(
+            (bounds, part.replicas) for part in ring.partitions() if self._me in part.replicas for bounds in _cut(part)
+        )
+        if [(tree.first, tree.last) for tree in trees.trees] != [bounds for bounds, _ in held]:
+            trees.adopt(bounds for bounds, _ in held)
+            self.adopted += 1
+            self._work.set()
+        for position, (_, replicas) in enumerate(held):
+            for name in replicas:
+                if name != self._me:
+                    partners.setdefault(name, []).append(position)
+        if partners != self.partners:
+            self.adopted += 1
+            self.partners = dict(sorted(partners.items()))
+
+    @property
+    def started(self) -> bool:
+        return self._trees is not None
+
+    @property
+    def trees(self) -> HashTrees:
+        assert self._trees is not None, "the node has not formed"
+        return self._trees
+
+    @property
+    def pending(self) -> int:
+        """Changed keys that are not in the trees yet."""
+        return len(self._trees.pending) if self._trees is not None else 0
+
+    @property
+    def unknown(self) -> int:
+        """Ranges whose trees are not built yet."""
+        return self._trees.unknown if self._trees is not None else 0
+
+    def forget(self) -> None:
+        """The store was changed behind the node's back: all trees are built anew."""
+        self.trees.lose()
+        self._work.set()
+
+    def shared(self, name: str, bounds: Span) -> list[int]:
+        """Positions of the ranges that this node holds too and that these tokens touch."""
+        first, last = bounds
+        trees = self.trees.trees
+        return [at for at in self.partners.get(name, ()) if trees[at].last >= first and trees[at].first <= last]
+
+    # --- upkeep
+
+    def look(self) -> None:
+        """Trees may have to be built."""
+        if self.trees.to_build(1):
+            self._work.set()
+
+    async def _keep(self) -> None:
+        """Builds what is not known, and folds what is much, for ever."""
+        while True:
+            self._work.clear()
+            try:
+                await self._build_all()
+                if self.pending >= FOLD_AT:
+                    await self.fold()
+            except (DHTError, TimeoutError) as error:
+                _log.warning("hash_tree_not_built", error=str(error) or type(error).__name__)
+                await asyncio.sleep(RETRY_S)
+            else:
+                await self._work.wait()
+
+    async def _build_all(self) -> None:
+        trees = self.trees
+        if not trees.to_build(1):
+            return
+        count = await self._replica.store.count()
+        if count.exact and not count.records and trees.unknown == len(trees.trees):
+            trees.empty()
+            return
+        density = max(1, count.records) / max(1, sum(tree.width for tree in trees.trees))
+        while positions := trees.to_build(int(BUILD_KEYS / density)):
+            await self._build(positions, density)
+
+    async def _build(self, positions: list[int], density: float) -> None:
+        trees, adopted = self.trees, self.adopted
+        trees.begin(positions, density, self._replica.unsettled())
+        span = (trees.trees[positions[0]].first, trees.trees[positions[-1]].last)
+        try:
+            page, after = Page([], False), None
+            while not page.complete and adopted == self.adopted:
+                page = await self._page(span, after)
+                if page.items and adopted == self.adopted:
+                    trees.page(page.items)
+                    after = page.items[-1][0]
+                    await self._scans.spend(len(page.items))
+        except BaseException:
+            if adopted == self.adopted:
+                trees.abort(positions)
+            raise
+        if adopted == self.adopted:
+            trees.finish(positions)
+            self.built += len(positions)
+
+    async def _page(self, span: Span, after: bytes | None) -> Page:
+        """Records of a span in token order, behind this key."""
+        async with asyncio.timeout(STORE_TIMEOUT_S):
+            page = await self._replica.store.scan_tokens(*span, self._page_keys, after)
+        if page.items:
+            size = max(1, sum(len(record) for _, record in page.items) // len(page.items))
+            self._page_keys = max(1, min(PAGE_KEYS_MAX, PAGE_BYTES // size))
+        return page
+
+    async def fold(self) -> None:
+        """Brings every key that is pending now into the trees."""
+        async with self._folding:
+            trees = self.trees
+            keys = list(trees.pending)
+            step = FOLD_STEP + len(keys) // 64
+            for at in range(0, len(keys), step):
+                if at:
+                    await asyncio.sleep(0)
+                await self._fold_some(keys[at : at + step])
+            self.look()
+
+    async def _fold_some(self, keys: list[bytes]) -> None:
+        folded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def held(headers: list[bytes | None], unsettled: Collection[bytes], error: WireError | None) -> None:
+            if error is None:
+                self.trees.fold(keys, headers, unsettled)
+            if not folded.done():
+                folded.set_result(None) if error is None else folded.set_exception(from_wire(*error))
+
+        self._replica.held(keys, held)
+        async with asyncio.timeout(STORE_TIMEOUT_S):
+            await folded
+
+    # --- reading and storing
+
+    async def listing(self, spans: Sequence[Span]) -> tuple[list[Entry], int | None]:
+        """What lies in these spans, at most RECORDS_MAX records; and the last token looked at if that is not all."""
+        token_of = self._token_of
+        found: list[Entry] = []
+        for number, span in enumerate(_joined(spans)):
+            if number % SPANS_A_TURN == SPANS_A_TURN - 1:
+                await asyncio.sleep(0)
+            page, after = Page([], False), None
+            while not page.complete:
+                page = await self._page(span, after)
+                found += [entry_of(int.from_bytes(token_of(key), "big"), key, record) for key, record in page.items]
+                if len(found) >= RECORDS_MAX:
+                    return found, found[-1].token
+                after = page.items[-1][0] if page.items else None
+        return found, None
+
+    async def keys_at(self, tokens: Sequence[int]) -> tuple[list[bytes], int]:
+        """The keys with these tokens, up to SEND_BYTES of records; and how many of the tokens were looked at."""
+        keys: list[bytes] = []
+        size = taken = 0
+        for token in tokens:
+            if size > SEND_BYTES:
+                break
+            page = await self._page((token, token), None)
+            keys += [key for key, _ in page.items]
+            size += sum(len(record) for _, record in page.items)
+            taken += 1
+            if taken % SPANS_A_TURN == 0:
+                await asyncio.sleep(0)
+        return keys, taken
+
+    async def read(self, keys: list[bytes]) -> list[bytes | None]:
+        """As coordinators read: what is not synced yet is not told."""
+        found: asyncio.Future[list[bytes | None]] = asyncio.get_running_loop().create_future()
+
+        def done(records: list[bytes | None], error: WireError | None) -> None:
+            if not found.done():
+                found.set_result(records) if error is None else found.set_exception(from_wire(*error))
+
+        self._replica.read(keys, done)
+        async with asyncio.timeout(STORE_TIMEOUT_S):
+            return await found
+
+    async def store(self, keys: list[bytes], records: list[bytes]) -> None:
+        """Merges what a peer had."""
+        stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def written(superseded: object, live: object, error: WireError | None) -> None:
+            if not stored.done():
+                stored.set_result(None) if error is None else stored.set_exception(from_wire(*error))
+
+        self._replica.write(REPAIR, keys, records, False, written)
+        async with asyncio.timeout(STORE_TIMEOUT_S):
+            await stored
+
+
+def _cut(part: Partition) -> Iterator[Span]:
+    """An arc as spans that neither wrap nor pass a multiple of CUT_TOKENS."""
+    for first, last in part.ranges():
+        while first <= last:
+            end = min(last, first | CUT_TOKENS - 1)
+            yield first, end
+            first = end + 1
+
+
+def _joined(spans: Sequence[Span]) -> Iterator[Span]:
+    """The same tokens in fewer spans."""
+    start, end = spans[0]
+    for (_, before), (first, last) in pairwise(spans):
+        if first != before + 1:
+            yield start, end
+            start = first
+        end = last
+    yield start, end
