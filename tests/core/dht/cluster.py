@@ -157,6 +157,7 @@ class Cluster:
             **(settings or {}),
         }
         self._per_node = per_node or {}
+        self._advertised: dict[int, str] = {}
         make = store or (lambda _: KeptStore(token_bytes("xxh3")))
         self.stores = [make(i) for i in range(count)]
         self._doors = [Door() for _ in range(count)]
@@ -248,7 +249,7 @@ class Cluster:
         node = Node(
             self.config(i),
             node_id=self.names[i],
-            address=self.addresses[i],
+            address=self._advertised.get(i, self.addresses[i]),
             store=self.stores[i],
             seed=transport,
             data=transport,
@@ -262,6 +263,39 @@ class Cluster:
         if wait:
             await self.connected()
         return node
+
+    async def add(self, *, wait: bool = True, address: str = "") -> Node:
+        """Starts one more node, which the others' peer lists do not name; waits until it is a member and all know it.
+        `address`: what it advertises, if not the one that it is reached by."""
+        i = self.count
+        self.count += 1
+        self.names.append(f"n{i}")
+        self.addresses.append(f"n{i}:7000")
+        self.clocks.append(HostClock())
+        self.nodes.append(None)
+        self.stores.append(KeptStore(token_bytes("xxh3")))
+        self._doors.append(Door())
+        if address:
+            self._advertised[i] = address
+        node = await self.up(i, wait=False)
+        if wait:
+            await self.settled()
+            await self.connected()
+        return node
+
+    async def settled(self) -> None:
+        """All nodes that are up are members of one topology, and no change is under way."""
+
+        def done() -> bool:
+            topologies = [node.topology for node in self.living()]
+            return len({topology and topology.digest for topology in topologies}) == 1 and all(
+                topology is not None
+                and not topology.in_transition
+                and {node.node_id for node in self.living()} <= topology.by_id.keys()
+                for topology in topologies
+            )
+
+        await until(done)
 
     async def down(self, i: int, *, noticed: bool = True) -> None:
         """Kills a node: nothing of it is heard any more. `noticed`: its peers' links break at once."""

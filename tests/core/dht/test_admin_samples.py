@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
-from cluster import Cluster, until
+from cluster import LOST, Cluster, until
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from agi.core.dht.admin.samples import NodeSamples
 from agi.core.dht.node import Node
+from agi.core.dht.protocol.messages import ArcListReply
 from agi.core.dht.types import MemberStatus
 
 
@@ -133,3 +134,20 @@ async def test_a_store_that_does_not_answer_is_told() -> None:
     async with Cluster(1, factor=1) as cluster:
         text = generate_latest(NodeSamples(cluster.node(0), None)).decode()
     assert "\ndht_store_up 0.0\n" in text and "dht_keys" not in text
+
+
+async def test_a_change_of_the_members_shows() -> None:
+    async with Cluster(3) as cluster:
+        for i in range(20):
+            cluster.plant(0, f"k{i}", b"v", at_ms=1)
+        before = await _scrape(cluster.node(0))
+        end = cluster.rule(lambda src, dst, m: LOST if isinstance(m, ArcListReply) and dst != "n3" else None)
+        joiner = await cluster.add(wait=False)
+        await until(lambda: joiner.topology is not None and joiner.migration.ready)
+        during = await _scrape(cluster.node(0))
+        end()
+        await cluster.settled()
+        after, joined = await _scrape(cluster.node(0)), await _scrape(joiner)
+    assert [each["dht_change_under_way", ""] for each in (before, during, after)] == [0, 1, 0]
+    assert during["dht_change_arcs", "lacking"] > 0 == after["dht_change_arcs", "lacking"]
+    assert joined["dht_migration_keys_total", ""] > 0 < joined["dht_migration_bytes_total", ""]

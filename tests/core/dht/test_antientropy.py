@@ -19,7 +19,8 @@ from structlog.testing import capture_logs
 from test_replica import NOW_MS, Bench, DiskStore, record
 
 from agi.core.dht import treekeeper
-from agi.core.dht.antientropy import REPLIES, REQUESTS
+from agi.core.dht.antientropy import REQUESTS
+from agi.core.dht.calls import TreeReply
 from agi.core.dht.errors import (
     InvalidRequest,
     Overloaded,
@@ -92,7 +93,7 @@ class Watch:
         cluster.rule(self._see)
 
     def _see(self, src: str, dst: str, message: Message) -> None:
-        if isinstance(message, REQUESTS + REPLIES):
+        if isinstance(message, (*REQUESTS, TreeReply)):
             self.messages[type(message).__name__] += 1
             self.bytes += len(encode(message))
         elif isinstance(message, ReplicaWrite) and message.mode == REPAIR:

@@ -174,7 +174,7 @@ def test_a_node_that_the_others_do_not_list_waits_and_is_not_voted_in() -> None:
     world = World(a=["b:7000"], b=["a:7000"], d=["a:7000", "b:7000"])
     said = world.rounds(order=["d", "a", "b"])
     assert world.formed() == dict.fromkeys("ab", ("a", "b"))
-    assert "waiting to be added" in said["d"] and world.servers["d"].disk.vote is None
+    assert "to be taken in" in said["d"] and world.servers["d"].disk.vote is None
     # nor before the others have formed
     world = World(a=["b:7000", "c:7000"], b=["a:7000", "c:7000"], c=ABC, d=["a:7000", "b:7000"])
     world.down = {"c"}
@@ -280,7 +280,7 @@ def test_force_start_without_leaves_the_dead_out() -> None:
     assert world.formed() == dict.fromkeys("ab", ("a", "b"))
     world.down = set()
     said = world.rounds()
-    assert "waiting to be added" in said["c"] and "c" not in world.formed()
+    assert "to be taken in" in said["c"] and "c" not in world.formed()
 
 
 def test_formed_peers_are_joined_only_where_they_name_this_node_and_disk() -> None:
@@ -288,7 +288,7 @@ def test_formed_peers_are_joined_only_where_they_name_this_node_and_disk() -> No
     world.rounds()
     formed = world.servers["a"].hello()
     newcomer = Server("n", ["a:7000"], Disk("disk-n"))
-    with pytest.raises(HelloRefused, match="formed without n"):
+    with pytest.raises(HelloRefused, match="asking the cluster at a:7000 to be taken in"):
         newcomer.core.answered("a:7000", formed)
     returning = Server("b", ["a:7000"], Disk("disk-b"))
     assert isinstance(returning.core.answered("a:7000", formed), StoreTopology)
@@ -301,9 +301,12 @@ def test_two_clusters_are_not_joined_into_one() -> None:
     world = World(a=[], b=[])
     world.rounds()
     bridge = Server("n", ["a:7000", "b:7000"], Disk("disk-n"))
-    for name in "ab":
-        with pytest.raises(HelloRefused):
-            bridge.core.answered(f"{name}:7000", world.servers[name].hello())
+    with pytest.raises(HelloRefused):
+        bridge.core.answered("a:7000", world.servers["a"].hello())
+    assert bridge.core.joining
+    with pytest.raises(ClusterError, match="a:7000, b:7000 belong to different clusters"):
+        bridge.core.answered("b:7000", world.servers["b"].hello())
+    assert not bridge.core.joining
     assert bridge.disk.topology is None
     assert isinstance(bridge.core.step(), Waiting)
 

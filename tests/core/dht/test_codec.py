@@ -72,6 +72,10 @@ SAMPLES: list[Message] = [
         start=3,
         end=1 << 63,
     ),
+    messages.ArcList(id=14, epoch=2, trace="", spans=bytes(16)),
+    messages.ArcListReply(id=14, entries=bytes(24), complete=True),
+    messages.ChangeState(id=15, epoch=2),
+    messages.ChangeStateReply(id=15, ready=True, arcs=3, arcs_done=2, keys=9, bytes=900),
     messages.TreeRecordsReply(id=12, missing=[0], extra=bytes(16), nodes=1, up_to=1 << 63),
     messages.TreeFetch(id=13, epoch=1, trace="", tokens=bytes(8)),
     messages.TreeFetchReply(id=13, keys=[b"k"], records=[b"r"], taken=1),
@@ -148,6 +152,10 @@ def test_wire_constants() -> None:
         "TreeRecordsReply": 65,
         "TreeFetch": 66,
         "TreeFetchReply": 67,
+        "ArcList": 68,
+        "ArcListReply": 69,
+        "ChangeState": 75,
+        "ChangeStateReply": 76,
     }
     assert types.KEY_BYTES_MAX == 1024
 

@@ -37,6 +37,7 @@ TABLE: list[tuple[str, object, tuple[str, object], tuple[str, object], tuple[obj
         ("localhost:3, 127.0.0.1:4", ("localhost:3", "127.0.0.1:4")),
         (["localhost:5"], ("localhost:5",)),
     ),
+    ("dht.cluster.replaces", "", ("n1", "n1"), ("n2", "n2"), ("host:7000", "host:7000")),
     ("dht.cluster.force_start_without", (), ("[]", ()), ("", ()), ((), ())),  # test_force_start_without goes on
     ("dht.replication.factor", 3, ("1", 1), ("5", 5), (7, 7)),
     (
@@ -101,6 +102,9 @@ TABLE: list[tuple[str, object, tuple[str, object], tuple[str, object], tuple[obj
     ("dht.repair.interval_ms", 20_000, ("0", 0), ("500", 500), (86_400_000, 86_400_000)),
     ("dht.repair.bytes_per_s", 8_388_608, ("1024", 1024), ("5000", 5000), (1 << 34, 1 << 34)),
     ("dht.repair.build_keys_per_s", 50_000, ("100", 100), ("101", 101), (10_000_000, 10_000_000)),
+    ("dht.migration.bytes_per_s", 67_108_864, ("1024", 1024), ("5000", 5000), (1 << 34, 1 << 34)),
+    ("dht.migration.join_timeout_ms", 300_000, ("1000", 1000), ("2000", 2000), (86_400_000, 86_400_000)),
+    ("dht.migration.eviction_timeout_ms", 3_600_000, ("0", 0), ("1", 1), (2_592_000_000, 2_592_000_000)),
     ("dht.expiry.sweep_interval_ms", 1000, ("10", 10), ("11", 11), (3600000, 3600000)),
     ("dht.expiry.sweep_step", 1000, ("1", 1), ("2", 2), (100000, 100000)),
     ("dht.observability.log_level", "info", ("debug", "debug"), ("WARNING", "warning"), ("error", "error")),

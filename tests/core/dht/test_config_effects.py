@@ -46,6 +46,7 @@ from agi.core.dht.errors import (
 from agi.core.dht.gossip import MESSAGES as GOSSIP_MESSAGES
 from agi.core.dht.local import LocalCluster
 from agi.core.dht.protocol.messages import (
+    ArcListReply,
     Claim,
     Get,
     Gossip,
@@ -1188,3 +1189,69 @@ def test_every_setting_has_a_test_of_its_effect() -> None:
     assert sorted(TESTS) == sorted(KNOBS)
     for test in TESTS.values():
         assert test.__name__.startswith("test_") and globals()[test.__name__] is test  # collected, not overwritten
+
+
+# --- changes of the members
+
+
+@effect_of("migration.bytes_per_s")
+async def test_a_joiner_takes_so_many_bytes_a_second() -> None:
+    seconds = []
+    for rate in (100_000, 1 << 30):
+        async with Cluster(1, factor=2, settings={"dht.migration.bytes_per_s": rate}) as cluster:
+            for key in KEYS[:100]:
+                cluster.plant(0, key, bytes(1000), at_ms=1)
+            began = time.monotonic()
+            joiner = await cluster.add()
+            seconds.append(time.monotonic() - began)
+            assert joiner.migration.bytes > 100_000
+    assert max(0.7, seconds[1]) < seconds[0]  # 100 records of 1 kB, less what may run ahead
+
+
+@effect_of("migration.join_timeout_ms")
+async def test_a_change_is_given_up_when_a_joiner_is_dead_for_so_long() -> None:
+    hasty = {
+        "dht.health.heartbeat_interval_ms": 50,
+        "dht.health.probe_timeout_ms": 20,
+        "dht.health.failure_threshold": 1,
+        "dht.health.suspicion_mult": 1,
+        "dht.health.suspicion_max_mult": 1,
+    }
+    async with Cluster(3, settings={**hasty, "dht.migration.join_timeout_ms": 1000}) as cluster:
+        cluster.rule(lambda src, dst, message: LOST if isinstance(message, ArcListReply) else None)
+        await cluster.add(wait=False)
+        await until(lambda: all(n.topology and n.topology.in_transition for n in cluster.living()))
+        await cluster.down(3)
+        began = time.monotonic()
+        await cluster.settled()
+        assert time.monotonic() - began > 0.9
+        assert cluster.node(0).known_topology.by_id.keys() == {"n0", "n1", "n2"}
+
+
+@effect_of("migration.eviction_timeout_ms")
+async def test_who_is_dead_for_so_long_is_evicted() -> None:
+    hasty = {
+        "dht.health.heartbeat_interval_ms": 50,
+        "dht.health.probe_timeout_ms": 20,
+        "dht.health.failure_threshold": 1,
+        "dht.health.suspicion_mult": 1,
+        "dht.health.suspicion_max_mult": 1,
+    }
+    for timeout_ms, evicted in ((500, True), (0, False)):
+        async with Cluster(4, settings={**hasty, "dht.migration.eviction_timeout_ms": timeout_ms}) as cluster:
+            began = time.monotonic()
+            await cluster.down(3)
+            if evicted:
+                await until(lambda: "n3" not in cluster.node(0).known_topology.by_id)
+                assert time.monotonic() - began > 0.5
+            else:
+                await asyncio.sleep(1.5)
+                assert "n3" in cluster.node(0).known_topology.by_id
+
+
+@effect_of("cluster.replaces")
+async def test_a_joiner_takes_the_place_of_that_member() -> None:
+    async with Cluster(4, per_node={4: {"dht.cluster.replaces": "n3"}}) as cluster:
+        await cluster.down(3)
+        await cluster.add()
+        assert cluster.node(0).known_topology.by_id.keys() == {"n0", "n1", "n2", "n4"}

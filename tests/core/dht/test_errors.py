@@ -36,6 +36,8 @@ CODES = {
     "UnknownDisk": (52, 17, False),
     "ClonedNode": (53, 17, False),
     "BootstrapConflict": (54, 17, False),
+    "ChangeRefused": (55, 17, False),
+    "Removed": (56, 17, False),
     "StorageError": (60, 18, False),
     "StorageFull": (61, 19, True),
     "StorageCorrupt": (62, 20, False),

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from itertools import permutations, product
+from typing import NamedTuple
 
 import pytest
 
 from agi.core.dht.errors import ClockSkew, DHTError, LinkClosed, OutcomeUnknown, StorageFull, Unavailable
-from agi.core.dht.protocol.quorum import Agreed, ReadQuorum, Repair, WriteQuorum, Written, merge
+from agi.core.dht.protocol.quorum import (
+    Agreed,
+    JointReadQuorum,
+    JointWriteQuorum,
+    ReadQuorum,
+    Repair,
+    WriteQuorum,
+    Written,
+    merge,
+)
 
 ACK, NEWER, REFUSED, LOST = "ANRL"
 """A replica stored both keys; holds something newer of key 0; refused without storing; may have stored or not."""
@@ -15,13 +25,13 @@ ACK, NEWER, REFUSED, LOST = "ANRL"
 
 def _apply(quorum: WriteQuorum, place: int, event: str) -> None:
     if event == ACK:
-        quorum.add_ack(None)
+        quorum.add_ack(f"n{place}", None)
     elif event == NEWER:
-        quorum.add_ack([(0, 100 + place)])
+        quorum.add_ack(f"n{place}", [(0, 100 + place)])
     elif event == REFUSED:
-        quorum.add_failure(StorageFull("no"), maybe_stored=False)
+        quorum.add_failure(f"n{place}", StorageFull("no"), maybe_stored=False)
     else:
-        quorum.add_failure(LinkClosed("gone"), maybe_stored=True)
+        quorum.add_failure(f"n{place}", LinkClosed("gone"), maybe_stored=True)
 
 
 def _write_oracle(events: str, needed: int, replicas: int) -> object:
@@ -88,7 +98,7 @@ def test_an_earlier_stamp_makes_the_outcome_unknown() -> None:
 
 def test_an_error_names_its_last_reason() -> None:
     quorum = WriteQuorum(2, 2)
-    quorum.add_failure(LinkClosed("n1 was lost"), maybe_stored=True)
+    quorum.add_failure("n1", LinkClosed("n1 was lost"), maybe_stored=True)
     assert "n1 was lost" in str(quorum.step())
 
 
@@ -118,7 +128,7 @@ def _check_read(events: list[object], needed: int, replicas: int, repair_to: int
             answered[f"n{place}"] = list(event)
             quorum.add_reply(f"n{place}", list(event))
         else:
-            quorum.add_failure(LinkClosed("gone"))
+            quorum.add_failure(f"n{place}", LinkClosed("gone"))
         outcome = quorum.step()
         pending = replicas - place - 1
         if len(answered) + pending < needed:
@@ -188,10 +198,190 @@ def test_merging_does_not_depend_on_order() -> None:
 
 def test_a_write_that_only_clocks_refused_says_so() -> None:
     quorum = WriteQuorum(2, 3)
-    for _ in range(3):
-        quorum.add_failure(ClockSkew("the version is ahead"), maybe_stored=False)
+    for place in range(3):
+        quorum.add_failure(f"n{place}", ClockSkew("the version is ahead"), maybe_stored=False)
     assert type(quorum.step()) is ClockSkew
     quorum = WriteQuorum(2, 3)
-    quorum.add_failure(ClockSkew("the version is ahead"), maybe_stored=False)
-    quorum.add_failure(LinkClosed("gone"), maybe_stored=True)
+    quorum.add_failure("n0", ClockSkew("the version is ahead"), maybe_stored=False)
+    quorum.add_failure("n1", LinkClosed("gone"), maybe_stored=True)
     assert type(quorum.step()) is OutcomeUnknown
+
+
+# --- keys that change hands
+
+
+class Change(NamedTuple):
+    """Two replica sets, and how many of each are needed."""
+
+    old: str
+    new: str
+    old_needed: int
+    new_needed: int
+
+    @property
+    def union(self) -> list[str]:
+        return sorted({*self.old, *self.new})
+
+    @property
+    def halves(self) -> tuple[tuple[str, int], ...]:
+        return (self.old, self.old_needed), (self.new, self.new_needed)
+
+
+CHANGES = [
+    Change("abc", "bcd", 2, 2),
+    Change("abc", "bcd", 1, 1),
+    Change("abc", "bcd", 3, 3),
+    Change("abc", "ade", 2, 2),
+    Change("a", "b", 1, 1),
+    Change("ab", "abc", 2, 2),
+    Change("abc", "ab", 2, 2),
+]
+
+
+def _joint_write(change: Change) -> JointWriteQuorum:
+    return JointWriteQuorum(tuple(change.old), tuple(change.new), change.old_needed, change.new_needed)
+
+
+def _joint_event(quorum: JointWriteQuorum, name: str, event: str) -> None:
+    if event == REFUSED:
+        quorum.add_failure(name, StorageFull("no"), maybe_stored=False)
+    elif event == LOST:
+        quorum.add_failure(name, LinkClosed("gone"), maybe_stored=True)
+    else:
+        quorum.add_ack(name, [(0, 100 + ord(name))] if event == NEWER else None)
+
+
+def _joint_write_oracle(seen: dict[str, str], change: Change) -> object:
+    """As `_write_oracle`, for two sets that both have to agree."""
+    stored = [name for name, event in seen.items() if event in (ACK, NEWER)]
+    short = again = waiting = hopeless = False
+    for names, needed in change.halves:
+        acks = sum(name in stored for name in names)
+        good = sum(seen.get(name) == ACK for name in names)
+        pending = sum(name not in seen for name in names)
+        hopeless |= acks + pending < needed
+        short |= acks < needed
+        again |= good + pending < needed
+        waiting |= good < needed
+    if hopeless:
+        if stored or LOST in seen.values():
+            return "unknown"
+        return "unavailable" if len(seen) == len(change.union) else "wait"
+    if short:
+        return "wait"
+    if again:
+        return max(100 + ord(name) for name, event in seen.items() if event == NEWER)
+    return "wait" if waiting else 0
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_a_joint_write_needs_a_quorum_of_each_set_in_every_order(change: Change) -> None:
+    for order in permutations(change.union) if len(change.union) < 5 else [change.union, change.union[::-1]]:
+        for events in product((ACK, NEWER, REFUSED, LOST), repeat=len(order)):
+            quorum = _joint_write(change)
+            seen: dict[str, str] = {}
+            for name, event in zip(order, events, strict=True):
+                _joint_event(quorum, name, event)
+                seen[name] = event
+                expected, outcome = _joint_write_oracle(seen, change), quorum.step()
+                if expected == "wait":
+                    assert outcome is None, seen
+                elif isinstance(expected, int):
+                    assert outcome == Written([(0, expected)] if expected else []), seen
+                else:
+                    assert type(outcome) is (Unavailable if expected == "unavailable" else OutcomeUnknown), seen
+                    assert isinstance(outcome, DHTError)
+                    acks = [sum(seen.get(name) in (ACK, NEWER) for name in names) for names, _ in change.halves]
+                    short = [(n, a) for (_, n), a in zip(change.halves, acks, strict=True) if a < n]
+                    assert (outcome.needed, outcome.answered) in short, seen
+            assert quorum.complete and quorum.step() is not None  # nothing waits for ever
+
+
+def test_a_joint_write_is_unavailable_only_where_no_replica_of_either_set_can_hold_it() -> None:
+    """At the deadline too, when some have not answered (D3)."""
+    change = CHANGES[0]
+    for count in range(5):
+        for names in permutations(change.union, count):
+            for events in product((ACK, REFUSED, LOST), repeat=count):
+                quorum = _joint_write(change)
+                for name, event in zip(names, events, strict=True):
+                    _joint_event(quorum, name, event)
+                certain = count == 4 and set(events) == {REFUSED}
+                assert type(quorum.shortfall("late")) is (Unavailable if certain else OutcomeUnknown)
+
+
+def test_a_joint_write_whose_new_set_cannot_be_reached_says_so() -> None:
+    quorum = JointWriteQuorum(("a", "b", "c"), ("c", "d", "e"), 2, 2)
+    for name in "de":
+        assert not quorum.hopeless
+        quorum.absent(name)
+    assert quorum.hopeless
+    error = quorum.unreachable(3)
+    assert type(error) is Unavailable and (error.needed, error.answered) == (2, 1)
+    quorum.maybe = 1  # an earlier try
+    assert type(quorum.unreachable(3)) is OutcomeUnknown
+
+
+def _joint_read(change: Change, *, repair: bool) -> JointReadQuorum:
+    return JointReadQuorum(
+        tuple(change.old), tuple(change.new), change.old_needed, change.new_needed if repair else 0, repair=repair
+    )
+
+
+@pytest.mark.parametrize("repair", [True, False])
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_a_joint_read_needs_a_quorum_of_each_set_in_every_order(change: Change, repair: bool) -> None:
+    for order in permutations(change.union) if len(change.union) < 5 else [change.union, change.union[::-1]]:
+        for events in product((*VALUES, "failed"), repeat=len(order)):
+            _check_joint_read(dict(zip(order, events, strict=True)), change, repair)
+
+
+def _check_joint_read(events: dict[str, object], change: Change, repair: bool) -> None:
+    quorum = _joint_read(change, repair=repair)
+    halves = [(names, needed if repair or names is change.old else 0) for names, needed in change.halves]
+    answered: dict[str, bytes | None] = {}
+    failed = 0
+    for name, event in events.items():
+        if event == "failed":
+            failed += 1
+            quorum.add_failure(name, LinkClosed("gone"))
+        else:
+            assert event is None or isinstance(event, bytes)
+            answered[name] = event
+            quorum.add_reply(name, [event])
+        outcome = quorum.step()
+        pending = set(events) - set(list(events)[: len(answered) + failed])
+        counts = [(sum(n in answered for n in names), sum(n in pending for n in names)) for names, _ in halves]
+        if any(have + more < needed for (have, more), (_, needed) in zip(counts, halves, strict=True)):
+            short = [(needed, have) for (have, _), (_, needed) in zip(counts, halves, strict=True) if have < needed]
+            assert type(outcome) is Unavailable and (outcome.needed, outcome.answered) in short, events
+            return
+        if any(have < needed for (have, _), (_, needed) in zip(counts, halves, strict=True)):
+            assert outcome is None, events
+            continue
+        newest = _newest(list(answered.values()))
+        stale = [n for n, value in answered.items() if value != newest]
+        if not stale or not repair:
+            assert outcome == Agreed([newest]), events
+            return
+        holders = set(answered) - set(stale)
+        assert isinstance(outcome, Repair) and outcome.records == [newest], events
+        assert outcome.stale == [(n, [0]) for n in stale]
+        assert outcome.blocking == (not _held_by_both(holders, halves)), events
+        for n in stale if outcome.blocking else ():
+            late = quorum.shortfall("late")
+            assert (late.needed, late.answered) in [
+                (needed, len(holders & set(names))) for names, needed in halves if len(holders & set(names)) < needed
+            ]
+            holders.add(n)
+            done = _held_by_both(holders, halves)
+            assert quorum.add_repaired(n, [0]) == (Agreed([newest]) if done else None), events
+            if done:
+                return
+        assert not outcome.blocking, "all stale replicas were repaired, and still no quorum"
+        return
+    raise AssertionError("never decided")
+
+
+def _held_by_both(holders: set[str], halves: list[tuple[str, int]]) -> bool:
+    return all(len(holders & set(names)) >= needed for names, needed in halves)

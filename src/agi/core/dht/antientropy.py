@@ -23,16 +23,13 @@ import structlog
 from agi.core.dht.calls import Calls, Reply, Request
 from agi.core.dht.clock import Clock
 from agi.core.dht.errors import DHTError, InvalidRequest, NotReady, Overloaded, StaleEpoch, Unavailable
+from agi.core.dht.joint import JointRing
 from agi.core.dht.observability.logs import Throttle
 from agi.core.dht.peers import Peers
 from agi.core.dht.protocol.exchange import Ask, Done, Exchange, List, Report, Send, Span
 from agi.core.dht.protocol.messages import (
     REPAIR,
     ReplicaWrite,
-    TreeFetchReply,
-    TreeNodesReply,
-    TreeRecordsReply,
-    TreeRootReply,
     WireError,
 )
 from agi.core.dht.protocol.versioning import physical_ms
@@ -45,7 +42,7 @@ from agi.core.dht.transport.codec import encode
 from agi.core.dht.tree_answers import REQUESTS, TreeAnswers
 from agi.core.dht.treekeeper import Own, Rate, TreeKeeper
 
-__all__ = ["REPLIES", "REQUESTS", "AntiEntropy"]
+__all__ = ["REQUESTS", "AntiEntropy"]
 
 _log = structlog.get_logger("agi.core.dht.antientropy")
 
@@ -58,7 +55,6 @@ KNOWN_WAIT_S = 300.0
 """How long an ordered repair waits for trees that are being built."""
 KNOWN_POLL_S = 0.25
 EVERYTHING: Span = (0, TOKENS - 1)
-REPLIES = (TreeRootReply, TreeNodesReply, TreeRecordsReply, TreeFetchReply)
 
 
 @dataclass(slots=True)
@@ -151,14 +147,14 @@ class AntiEntropy:
 
     # --- life
 
-    def start(self, topology: Topology, ring: Ring) -> None:
+    def start(self, topology: Topology, ring: Ring | JointRing) -> None:
         """The node has its first topology; writes come after this."""
         self.keeper.start(ring)
         self.adopt(topology, ring)
         if self._interval_s:
             self._own(self._schedule(), "anti-entropy")
 
-    def adopt(self, topology: Topology, ring: Ring) -> None:
+    def adopt(self, topology: Topology, ring: Ring | JointRing) -> None:
         """Another topology counts. Ranges that it leaves as they are keep their trees."""
         self._epoch = topology.epoch
         self.keeper.adopt(ring)

@@ -11,6 +11,10 @@ import asyncio
 from agi.core.dht.errors import DHTError, Unavailable, from_wire
 from agi.core.dht.peers import Peer, Peers
 from agi.core.dht.protocol.messages import (
+    ArcList,
+    ArcListReply,
+    ChangeState,
+    ChangeStateReply,
     EpochAccept,
     EpochPrepare,
     EpochReply,
@@ -34,9 +38,11 @@ from agi.core.dht.transport.codec import encode
 ID_BASE = 1 << 62
 
 TreeRequest = TreeRoot | TreeNodes | TreeRecords | TreeFetch
+ChangeRequest = ArcList | ChangeState
+ChangeReply = ArcListReply | ChangeStateReply
 TreeReply = TreeRootReply | TreeNodesReply | TreeRecordsReply | TreeFetchReply
-Request = ReplicaRead | ReplicaWrite | ReplicaScan | EpochPrepare | EpochAccept | TreeRequest
-Reply = ReplicaReadReply | ReplicaWriteReply | ReplicaScanReply | EpochReply | TreeReply
+Request = ReplicaRead | ReplicaWrite | ReplicaScan | EpochPrepare | EpochAccept | TreeRequest | ChangeRequest
+Reply = ReplicaReadReply | ReplicaWriteReply | ReplicaScanReply | EpochReply | TreeReply | ChangeReply
 
 
 class Calls:

@@ -6,7 +6,10 @@ broken links and the clock arrive as calls, so that an operation costs no task a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from agi.core.dht.clock import Clock
+from agi.core.dht.joint import JointRing
 from agi.core.dht.observability.metrics import Metrics
 from agi.core.dht.peers import Peer, Peers
 from agi.core.dht.protocol.messages import Delete, Get, Put, ReplicaReadReply, ReplicaWriteReply
@@ -27,7 +30,7 @@ class Coordinator:
         node_id: str,
         writer: int,
         topology: Topology,
-        ring: Ring,
+        ring: Ring | JointRing,
         replica: Replica,
         peers: Peers,
         hlc: HLC,
@@ -40,6 +43,7 @@ class Coordinator:
         max_clock_skew_ms: int,
         pending_bytes_max: int,
         slow_request_ms: int,
+        on_stale: Callable[[str], None] = lambda replica: None,
     ) -> None:
         self._requests = Requests(
             node_id,
@@ -53,14 +57,15 @@ class Coordinator:
             first_id=(writer & 0xFFFF) << 40,
             pending_bytes_max=pending_bytes_max,
             slow_s=slow_request_ms / 1000,
+            on_stale=on_stale,
         )
         self._reads = Reads(self._requests, hedge_budget)
         self._writes = Writes(self._requests, hlc, writer, dedup_entries, max_clock_skew_ms)
         self.peer_lost = self._requests.peer_lost
         self.advance = self._requests.advance
 
-    def adopt(self, topology: Topology, ring: Ring) -> None:
-        """New requests go by this topology."""
+    def adopt(self, topology: Topology, ring: Ring | JointRing) -> None:
+        """Requests go by this topology. Those under way start again where it changes replica sets."""
         self._requests.adopt(topology, ring)
 
     @property

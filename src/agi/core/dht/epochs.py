@@ -17,11 +17,12 @@ from agi.core.dht.errors import (
     NotReady,
     Overloaded,
     ProtocolMismatch,
+    Removed,
     StorageCorrupt,
     TransportError,
-    UnknownDisk,
 )
 from agi.core.dht.identity import Ledger, Past
+from agi.core.dht.peers import Peer
 from agi.core.dht.protocol.messages import (
     EpochAccept,
     EpochPrepare,
@@ -129,9 +130,7 @@ class Epochs:
                 raise ClusterError(f"epoch {topology.epoch} is of another cluster than that of {node.node_id}")
             member = topology.by_id.get(node.node_id)
             if member is None or member.disk_id != node.identity.disk_id:
-                error = UnknownDisk(
-                    f"the cluster has removed {node.node_id} in epoch {topology.epoch}: {topology.note}"
-                )
+                error = Removed(f"the cluster has let {node.node_id} go in epoch {topology.epoch}: {topology.note}")
                 node.fail(error)
                 raise error
             await self._ledger.store_topology(topology)
@@ -181,7 +180,10 @@ class Epochs:
         mine = self._node.topology
         theirs = (message.generation, message.epoch)
         if theirs < mine.order or (theirs == mine.order and message.digest != mine.digest):
-            self._tell(session.name, encode(TopologyNews(mine.packed)))
+            try:  # on its own link: this node has none to whom the cluster has let go
+                link.send(TopologyNews(mine.packed))
+            except (TransportError, Overloaded) as error:
+                _log.debug("epoch_not_told", peer=session.name, error=str(error))
         elif theirs > mine.order:
             self.ask(session.name)
 
@@ -194,6 +196,19 @@ class Epochs:
         except (ClusterError, StorageCorrupt) as error:
             _log.error("topology_refused", source=session.name, error=str(error))
             link.close(error)
+
+    def told(self, peer: Peer, message: TopologyNews) -> None:
+        """A peer has answered that it knows a newer topology."""
+        try:
+            self.hear_of(unpack(message.topology), peer.node_id)
+        except (ClusterError, StorageCorrupt) as error:
+            _log.error("topology_refused", source=peer.node_id, error=str(error))
+
+    def let_go(self, topology: Topology) -> None:
+        """Tells those that a newer topology does not name any more, before their links end."""
+        frame = encode(TopologyNews(topology.packed))
+        for name in self._node.peers.connected.keys() - topology.by_id.keys():
+            self._tell(name, frame)
 
     def _check(self, session: Session) -> None:
         if session.kind != "node":

@@ -20,6 +20,8 @@
      |   +- UnknownDisk              a known node id with another data folder
      |   +- ClonedNode               a restored or copied data folder: its boot counter is behind, or runs twice
      |   +- BootstrapConflict        the nodes voted for different first topologies
+     |   +- ChangeRefused            a change of the members that cannot be made now; nothing was changed
+     |   +- Removed                  the cluster has let this node go
      +- StorageError                 the store failed
      |   +- StorageFull              no space left; reads go on
      |   +- StorageCorrupt           a checksum or structure does not hold; the record is not served
@@ -46,6 +48,7 @@ from typing import ClassVar
 __all__ = [
     "BatchError",
     "BootstrapConflict",
+    "ChangeRefused",
     "ClientClosed",
     "ClockSkew",
     "ClonedNode",
@@ -68,6 +71,7 @@ __all__ = [
     "OutcomeUnknown",
     "Overloaded",
     "ProtocolMismatch",
+    "Removed",
     "StaleEpoch",
     "StorageClosed",
     "StorageCorrupt",
@@ -179,6 +183,14 @@ class ClonedNode(ClusterError):
 
 class BootstrapConflict(ClusterError):
     code = 54
+
+
+class ChangeRefused(ClusterError):
+    code = 55
+
+
+class Removed(ClusterError):
+    code = 56
 
 
 class StorageError(DHTError):

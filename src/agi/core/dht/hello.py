@@ -48,6 +48,8 @@ def own_hello(node: Node, forming: Bootstrap | None) -> Hello:
         vote=forming.vote.packed if forming is not None and forming.vote is not None else b"",
         members_seen=forming.members_seen if forming is not None else [],
         settled=forming is not None and forming.settled,
+        join=forming is not None and forming.joining,
+        replaces=config.cluster.replaces,
         now_ms=node.replica.now_ms(),
     )
 

@@ -15,11 +15,11 @@ from typing import Any, TypeAlias
 import msgspec
 import structlog
 
-from agi.core.dht.antientropy import REPLIES as TREE_REPLIES
 from agi.core.dht.antientropy import REQUESTS as TREE_REQUESTS
 from agi.core.dht.antientropy import AntiEntropy
 from agi.core.dht.bootstrap import Bootstrapper
-from agi.core.dht.calls import ID_BASE, Calls
+from agi.core.dht.calls import ID_BASE, Calls, Reply
+from agi.core.dht.changes import Changes
 from agi.core.dht.clock import Clock
 from agi.core.dht.config import Config
 from agi.core.dht.coordinator import Coordinator
@@ -38,6 +38,9 @@ from agi.core.dht.gossip import MESSAGES, FailureDetector, StatusCallback
 from agi.core.dht.handoff import Handoff
 from agi.core.dht.hello import KnownBoots, check_hello, own_hello
 from agi.core.dht.identity import Identity, Ledger
+from agi.core.dht.joint import JointRing
+from agi.core.dht.migration import REQUESTS as MIGRATION_REQUESTS
+from agi.core.dht.migration import Migration
 from agi.core.dht.observability.logs import Throttle
 from agi.core.dht.observability.metrics import Metrics
 from agi.core.dht.peers import Peer, Peers
@@ -47,7 +50,6 @@ from agi.core.dht.protocol.messages import (
     DeleteReply,
     EpochAccept,
     EpochPrepare,
-    EpochReply,
     Get,
     GetReply,
     Hello,
@@ -61,7 +63,6 @@ from agi.core.dht.protocol.messages import (
     ReplicaRead,
     ReplicaReadReply,
     ReplicaScan,
-    ReplicaScanReply,
     ReplicaWrite,
     ReplicaWriteReply,
     Scan,
@@ -81,7 +82,7 @@ from agi.core.dht.ring import Ring
 from agi.core.dht.scan import Scanner
 from agi.core.dht.sessions import Session, cut
 from agi.core.dht.storage.base import StorageBackend
-from agi.core.dht.topology import Member, Topology
+from agi.core.dht.topology import JOINING, Member, Topology
 from agi.core.dht.transport.base import Link, Listener, Traffic, Transport
 from agi.core.dht.types import (
     PROTOCOL_VERSION,
@@ -138,7 +139,7 @@ class Node:
         self.clock = clock
         self.metrics = Metrics()
         self.topology: Topology | None = None
-        self.ring: Ring | None = None
+        self.ring: Ring | JointRing | None = None
         self.formed = asyncio.Event()
         self.data_address = ""
         self.unix_path = ""
@@ -146,7 +147,7 @@ class Node:
         self.fatal: DHTError | None = None
         self.stopping = False
         self._settled = False
-        self._seed = seed
+        self.seed = seed
         self._data = data
         self._data_listen = data_listen
         self._rng = rng
@@ -215,7 +216,26 @@ class Node:
             timeout_s=config.network.timeout_ms / 1000,
             max_clock_skew_ms=config.versions.max_clock_skew_ms,
         )
+        self.migration = Migration(
+            node_id,
+            self.replica,
+            self.antientropy.keeper,
+            self.peers,
+            self.calls,
+            clock,
+            rng,
+            self._own,
+            self._replica_requests.stale,
+            bytes_per_s=config.migration.bytes_per_s,
+        )
         self.epochs = Epochs(self, self._ledger, rng, self._own)
+        self.changes = Changes(
+            self,
+            rng,
+            self._own,
+            join_timeout_s=config.migration.join_timeout_ms / 1000,
+            eviction_timeout_s=config.migration.eviction_timeout_ms / 1000,
+        )
         self._dispatch: dict[type, Handler] = {
             Get: self._get,
             Put: self._put,
@@ -230,6 +250,7 @@ class Node:
             ReplicaWrite: self._replica_requests.write,
             ReplicaScan: self._replica_requests.scan,
             **dict.fromkeys(TREE_REQUESTS, self.antientropy.request),
+            **dict.fromkeys(MIGRATION_REQUESTS, self.migration.request),
             **dict.fromkeys(MESSAGES, self.detector.request),
         }
 
@@ -267,7 +288,8 @@ class Node:
         else:
             self._own(self._bootstrap_task(vote), "bootstrap")
         self._own(self._tick(), "tick")
-        self._own(self._sweep(), "sweep")
+        expiry = self.config.expiry
+        self._own(self.replica.keep_swept(expiry.sweep_interval_ms / 1000, expiry.sweep_step), "sweep")
         self._own(self._boots.keep(), "boots")
         self._own(self.handoff.save(), "hints")
         self._own(self.handoff.replay(), "handoff")
@@ -379,6 +401,9 @@ class Node:
             missing = sorted(set(self.peers.all) - set(self.peers.usable))
             if reachable <= len(self.topology.members) - self.topology.replica_count // 2 - 1 and missing:
                 return f"too few peers are connected for quorums: {', '.join(missing)} missing"
+        me = self.topology.by_id.get(self.node_id)
+        if me is not None and me.state == JOINING:
+            return f"joining: {self.migration.arcs_done} of {self.migration.arcs} arcs are filled"
         return ""
 
     async def _bootstrap_task(self, vote: Topology | None) -> None:
@@ -401,7 +426,7 @@ class Node:
         )
         if config.cluster.force_start_without:
             _log.critical("forced_start", without=config.cluster.force_start_without)
-        self._bootstrap = Bootstrapper(core, self._ledger, self._seed, self.hello, self.check_hello, self._rng)
+        self._bootstrap = Bootstrapper(core, self._ledger, self.seed, self.hello, self.check_hello, self._rng)
         self._form(await self._bootstrap.run())
 
     def _form(self, topology: Topology) -> None:
@@ -409,7 +434,15 @@ class Node:
         self.topology = topology
         self.ring = topology.ring()
         self.scanner = Scanner(
-            self.node_id, topology, self.ring, self.replica, self.peers, self.calls, self.clock, self.metrics
+            self.node_id,
+            topology,
+            self.ring,
+            self.replica,
+            self.peers,
+            self.calls,
+            self.clock,
+            self.metrics,
+            on_stale=self.epochs.ask,
         )
         self.coordinator = Coordinator(
             self.node_id,
@@ -427,11 +460,14 @@ class Node:
             max_clock_skew_ms=config.versions.max_clock_skew_ms,
             pending_bytes_max=config.requests.pending_bytes_max_mb << 20,
             slow_request_ms=config.observability.slow_request_ms,
+            on_stale=self.epochs.ask,
         )
         self.handoff.adopt(topology)
         self.antientropy.start(topology, self.ring)
+        self.migration.adopt(topology, self.ring)
         self.detector.start(topology, self.identity.boot)
         self.epochs.start(topology)
+        self.changes.start()
         self._link_to_members(topology)
         self.formed.set()
         self._look_for_quorums()
@@ -457,8 +493,11 @@ class Node:
         self.scanner.adopt(topology, self.ring)
         self.handoff.adopt(topology)
         self.antientropy.adopt(topology, self.ring)
+        self.migration.adopt(topology, self.ring)
         self.detector.set_members(topology)
+        self.epochs.let_go(topology)
         self._link_to_members(topology)
+        self._replica_requests.resume()
 
     def _look_for_quorums(self) -> None:
         if not self._settled and not self.waiting_for:
@@ -535,6 +574,8 @@ class Node:
         link.send(self.hello())
         if message.kind == "node":
             self.peers.heard_of(message)
+            if message.join:
+                self.changes.asked_to_join(message)
 
     # --- requests of clients
 
@@ -619,16 +660,16 @@ class Node:
         self.metrics.frames_received += 1
         coordinator = self.coordinator
         assert coordinator is not None
-        if isinstance(message, TREE_REPLIES):
-            self.calls.reply(peer, message)
-        elif not isinstance(message, ReplicaReadReply | ReplicaWriteReply | ReplicaScanReply | EpochReply):
-            self.detector.reply(peer, message)
-        elif message.id >= ID_BASE:
-            self.calls.reply(peer, message)
-        elif isinstance(message, ReplicaReadReply):
+        if isinstance(message, ReplicaReadReply) and message.id < ID_BASE:  # what comes most, first
             coordinator.replica_read_reply(peer, message)
-        elif isinstance(message, ReplicaWriteReply):
+        elif isinstance(message, ReplicaWriteReply) and message.id < ID_BASE:
             coordinator.replica_write_reply(peer, message)
+        elif isinstance(message, Reply):
+            self.calls.reply(peer, message)
+        elif isinstance(message, TopologyNews):
+            self.epochs.told(peer, message)
+        else:
+            self.detector.reply(peer, message)
 
     def _peer_connected(self, peer: Peer) -> None:
         self.detector.connected(peer)
@@ -653,12 +694,3 @@ class Node:
             await asyncio.sleep(TICK_S)
             if self.coordinator is not None:
                 self.coordinator.advance(self.clock.monotonic())
-
-    async def _sweep(self) -> None:
-        interval_s, step = self.config.expiry.sweep_interval_ms / 1000, self.config.expiry.sweep_step
-        while True:
-            await asyncio.sleep(interval_s)
-            try:
-                await self.replica.sweep(step)
-            except (DHTError, TimeoutError) as error:
-                _log.warning("sweep_failed", error=str(error))

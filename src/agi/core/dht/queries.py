@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from agi.core.dht.changes import Order
 from agi.core.dht.errors import DHTError, InvalidRequest, NotReady, from_wire
 from agi.core.dht.protocol.messages import Hello, ReplicaRead, ReplicaReadReply, WireError
 from agi.core.dht.protocol.record import FLAGS, TOMBSTONE, expires_ms_of, hlc_of, is_live
@@ -38,6 +39,8 @@ class Queries:
             return msgspec.msgpack.encode(await self.stats())
         if what == "repair":
             return msgspec.msgpack.encode(node.antientropy.repair(_bounds(key)))
+        if what == "change":
+            return msgspec.msgpack.encode(await node.changes.order(_order(key)))
         if what == "repair_state":
             return msgspec.msgpack.encode(node.antientropy.repair_state())
         if what == "locate" and key:
@@ -106,6 +109,14 @@ class Queries:
             "storage": node.store.name,
             "hints": {target.node: target.hints for target in node.handoff.hints.pending()},
             "repair": node.antientropy.state(),
+            "change": {
+                "note": node.topology.note if node.topology is not None and node.topology.in_transition else "",
+                "ready": node.migration.ready,
+                "arcs": node.migration.arcs,
+                "arcs_done": node.migration.arcs_done,
+                "keys": node.migration.keys,
+                "bytes": node.migration.bytes,
+            },
             "peers": {
                 name: {
                     "connected": name in node.peers.connected,
@@ -171,6 +182,13 @@ class Queries:
         found: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
         node.replica.read([key], partial(_settle, found))
         return await found
+
+
+def _order(packed: bytes) -> Order:
+    try:
+        return msgspec.msgpack.decode(packed, type=Order)
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"a broken order: {error}") from None
 
 
 def _bounds(packed: bytes) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from collections import deque
 from functools import partial
 
 from agi.core.dht.errors import DHTError, LinkClosed, Overloaded, TransportError, Truncated, Unavailable, from_wire
+from agi.core.dht.joint import JointSet
 from agi.core.dht.peers import Peer
 from agi.core.dht.protocol.messages import (
     REPAIR,
@@ -17,7 +18,7 @@ from agi.core.dht.protocol.messages import (
     ReplicaWrite,
     WireError,
 )
-from agi.core.dht.protocol.quorum import Agreed, ReadQuorum, Repair
+from agi.core.dht.protocol.quorum import Agreed, JointReadQuorum, ReadQuorum, Repair
 from agi.core.dht.protocol.record import FLAGS, is_live
 from agi.core.dht.requests import Operation, ReplyTo, Requests, refusal
 from agi.core.dht.transport.codec import encode
@@ -48,23 +49,28 @@ class Reads:
         """Reads a batch; `reply` gets one GetReply by the deadline."""
         requests = self._requests
         try:
-            needed = requests.needed(request.consistency)
+            requests.needed(request.consistency)
             cost = requests.admit(request.keys)
         except DHTError as error:
             reply(GetReply(request.id, [], None, refusal(error).to_wire()))
             return
         operation = Operation(request, reply, trace, requests.clock.monotonic(), cost)
-        parts = requests.parts(request.keys)
-        if len(parts) > 1:
-            operation.left = len(parts)
-            operation.results = [None] * len(request.keys)
-        repair_to = 0 if request.consistency == Consistency.ONE else needed
-        for places, keys, replicas in parts:
-            ReadGroup(self, requests, operation, places, keys, replicas, needed, repair_to).start()
+        self.begin(operation, None, request.keys)
+
+    def begin(self, operation: Operation, places: list[int] | None, keys: list[bytes], *, again: bool = False) -> None:
+        """Reads these keys of the operation; `again`: as the replica sets have changed."""
+        requests, consistency = self._requests, operation.request.consistency
+        needed = requests.needed(consistency)
+        repair_to = 0 if consistency == Consistency.ONE else needed
+        for part, part_keys, replicas in requests.parts(operation, places, keys):
+            kind = JointReadGroup if type(replicas) is JointSet else ReadGroup
+            group = kind(self, requests, operation, part, part_keys, replicas, needed, repair_to)
+            group.again = again
+            group.start()
 
     def reply(self, group: ReadGroup, peer: Peer, reply: ReplicaReadReply) -> None:
         """A peer answered a read of that group."""
-        if not group.hedged:
+        if not (group.hedged or group.again):  # else the time since its start says nothing of the link
             peer.latency.add(self._requests.clock.monotonic() - group.operation.started)
         group.result(peer.node_id, reply.records, reply.error)
 
@@ -102,6 +108,7 @@ class ReadGroup(ReadQuorum):
     """Keys of a batch with one replica set, and their quorum. It is over when nobody is waited for."""
 
     __slots__ = (
+        "again",
         "asked",
         "hedged",
         "id",
@@ -136,6 +143,7 @@ class ReadGroup(ReadQuorum):
         self.waiting: dict[str, None] = {}
         self.asked: dict[str, None] = {}
         self.hedged = False
+        self.again = False
         self.id = 0
 
     def start(self) -> None:
@@ -145,7 +153,7 @@ class ReadGroup(ReadQuorum):
         local = me in replicas
         ask = self.needed - local
         if len(reachable) < ask:
-            self._done(
+            self._unreachable(
                 Unavailable("too few replicas are reachable", needed=self.needed, answered=len(reachable) + local)
             )
             return
@@ -165,6 +173,13 @@ class ReadGroup(ReadQuorum):
                 self.reads.watch(self, reachable[0])
         if me in self.waiting:
             requests.replica.read(self.keys, partial(self.result, me))
+
+    def _unreachable(self, error: Unavailable) -> None:
+        self.waiting.clear()
+        if self.again and not self.requests.late(self.operation):
+            self.id = self.requests.postpone(self, self.operation)
+        else:
+            self._done(error)
 
     def _ask(self, peer: Peer) -> None:
         name = peer.node_id
@@ -189,7 +204,8 @@ class ReadGroup(ReadQuorum):
         if replica not in self.waiting or self.repairing:  # during a repair, others are waited for
             return
         if error is not None:
-            self.lost(replica, from_wire(*error))
+            if not self.requests.stale(replica, error):
+                self.lost(replica, from_wire(*error))
             return
         del self.waiting[replica]
         if len(records) != len(self.keys):
@@ -206,11 +222,18 @@ class ReadGroup(ReadQuorum):
         if self.repairing:
             self._repair_elsewhere(replica)
             return
-        self.add_failure(error)
+        self.add_failure(replica, error)
         if not self.ask_another():
             self.failures = max(self.failures, self.replicas - len(self.waiting) - len(self.replies))
-        if self.id:
+        if self.id in self.requests.pending:  # else a failure before this one has ended it
             self._step()
+
+    def restart(self) -> None:
+        if self.requests.late(self.operation):
+            self.expired()
+            return
+        self.waiting.clear()
+        self.reads.begin(self.operation, self.places, self.keys, again=True)
 
     def expired(self) -> None:
         self._done(self.shortfall("no quorum by the deadline"))
@@ -272,12 +295,15 @@ class ReadGroup(ReadQuorum):
         if replica not in self.waiting:
             return
         if error is not None:
-            self.lost(replica, from_wire(*error))
+            if not self.requests.stale(replica, error):
+                self.lost(replica, from_wire(*error))
             return
         del self.waiting[replica]
         agreed = self.add_repaired(replica, self.repairs[replica])
         if agreed is not None:
             self._done(agreed.records)
+        elif not self.waiting:
+            self._repair_elsewhere(replica)
 
     def _repair_elsewhere(self, failed: str) -> None:
         """A stale replica could not be repaired: store the newest records at one that was not asked yet."""
@@ -290,7 +316,7 @@ class ReadGroup(ReadQuorum):
                 self._repair(name, indexes, records)
                 return
         if not self.waiting:
-            self._done(self.shortfall(f"{failed} could not be repaired"))
+            self._done(self.shortfall(f"{failed} could not be repaired"))  # or is not enough
 
     # --- end
 
@@ -326,3 +352,51 @@ class ReadGroup(ReadQuorum):
             requests.metrics.get_latency.observe,
             GetReply(operation.request.id, records, operation.errors),
         )
+
+
+class JointReadGroup(JointReadQuorum, ReadGroup):
+    """Keys that change hands: asks all replicas, old and new, at once, and needs a quorum of each."""
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        reads: Reads,
+        requests: Requests,
+        operation: Operation,
+        places: list[int] | None,
+        keys: list[bytes],
+        replicas: tuple[str, ...],
+        needed: int,
+        repair_to: int,
+    ) -> None:
+        assert type(replicas) is JointSet
+        ReadGroup.__init__(self, reads, requests, operation, places, keys, replicas, needed, repair_to)
+        level = Consistency(operation.request.consistency)
+        old, new = replicas.old, replicas.new
+        self._share(old, new, level.needed(len(old)), 0 if level is Consistency.ONE else level.needed(len(new)))
+
+    def start(self) -> None:
+        requests = self.requests
+        me, usable = requests.me, requests.peers.usable
+        targets = []
+        for name in self.replica_set:
+            if name == me:
+                self.waiting[me] = self.asked[me] = None
+            elif name in usable:
+                targets.append(usable[name])
+            else:
+                self.add_failure(name, LinkClosed(f"{name} is not connected"))
+        if self.hopeless:
+            self._unreachable(self.unreachable(self.waiting.keys() | {peer.node_id for peer in targets}))
+            return
+        self.id = requests.enter(self, self.operation)
+        for peer in targets:
+            if self.id in requests.pending:
+                self._ask(peer)
+        if me in self.waiting:
+            requests.replica.read(self.keys, partial(self.result, me))
+
+    def ask_another(self) -> bool:
+        """All that could be asked were."""
+        return False

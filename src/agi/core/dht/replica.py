@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import structlog
 
 from agi.core.dht.clock import Clock
-from agi.core.dht.errors import ClockSkew, DHTError, Overloaded, StorageError, StorageFull
+from agi.core.dht.errors import ClockSkew, DHTError, Overloaded, StorageError, StorageFull, from_wire
 from agi.core.dht.observability.logs import Throttle
 from agi.core.dht.observability.metrics import Metrics
 from agi.core.dht.protocol.commit import Commit, Effect, Fail, GroupCommit, Release
@@ -153,6 +153,28 @@ class Replica:
             done([], (), error.to_wire())
             return
         done(headers, self.unsettled(), None)
+
+    async def settle(self) -> None:
+        """Returns when every write that was taken before this call is in the store, and synced where groups are. Raises
+        StorageError kinds, TimeoutError."""
+        settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def done(error: DHTError | None) -> None:
+            if not settled.done():
+                settled.set_result(None) if error is None else settled.set_exception(error)
+
+        def held(headers: object, unsettled: object, error: WireError | None) -> None:
+            done(None if error is None else from_wire(*error))
+
+        commit = self._commit
+        if not self.store.local:
+            self._enqueue(-1, [b"\0"], [], False, lambda *_: None, held)
+        elif commit is None or commit.idle:
+            return
+        else:
+            commit.park(done)
+        async with asyncio.timeout(STORE_TIMEOUT_S):
+            await settled
 
     def unsettled(self) -> Collection[bytes]:
         """Keys that are about to change in the store."""
@@ -328,6 +350,15 @@ class Replica:
         self.on_store_failed(error)
 
     # --- expiry (V4, G3)
+
+    async def keep_swept(self, interval_s: float, step: int) -> None:
+        """Sweeps at this interval, for ever."""
+        while True:
+            await asyncio.sleep(interval_s)
+            try:
+                await self.sweep(step)
+            except (DHTError, TimeoutError) as error:
+                _log.warning("sweep_failed", error=str(error))
 
     async def sweep(self, step: int) -> int:
         """Shrinks up to `step` records that have been expired for longer than the clock skew; returns how many."""

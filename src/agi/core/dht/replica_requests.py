@@ -40,6 +40,8 @@ _log = structlog.get_logger("agi.core.dht.node")
 
 REPLICA_SCANS_MAX = 256
 """Scans under way at one replica; past it coordinators get Overloaded."""
+PARKED_MAX = 4096
+"""Requests that wait for a newer topology that their coordinator knows already; past it they are refused as stale."""
 
 
 class ReplicaRequests:
@@ -54,6 +56,7 @@ class ReplicaRequests:
         self._own = own
         self.scans = 0
         """Scans under way."""
+        self._parked: list[tuple[Callable[[Session, Link, Any], None], Session, Link, Any]] = []
         self._throttle = Throttle()
         self._debug = node.config.observability.log_level == "debug"
 
@@ -72,10 +75,31 @@ class ReplicaRequests:
             return StaleEpoch(f"{self._node.node_id} is at epoch {topology.epoch}, the message at {epoch}").to_wire()
         return None
 
+    def _ahead(self, answer: Callable[[Session, Link, Any], None], session: Session, link: Link, request: Any) -> bool:
+        """Whether the request is of an epoch that this node has still to hear of: it is answered then (T2)."""
+        topology = self._node.topology
+        if topology is None or request.epoch <= topology.epoch or len(self._parked) >= PARKED_MAX:
+            return False
+        if not session.member:
+            return False
+        self._parked.append((answer, session, link, request))
+        if len(self._parked) == 1:
+            self._node.epochs.ask(session.name)
+        return True
+
+    def resume(self) -> None:
+        """A newer topology is in force: what waited for it is looked at again."""
+        parked, self._parked = self._parked, []
+        for answer, session, link, request in parked:
+            if not link.closed:
+                answer(session, link, request)
+
     def read(self, session: Session, link: Link, request: ReplicaRead) -> None:
         if self._debug:
             _log.debug("replica_read", trace=request.trace, peer=session.name, keys=len(request.keys))
         stale = self.stale(session, request.epoch)
+        if stale is not None and self._ahead(self.read, session, link, request):
+            return
         if stale is not None:
             link.send(ReplicaReadReply(request.id, [], stale))
         else:
@@ -101,6 +125,8 @@ class ReplicaRequests:
             raise ProtocolMismatch("a client does not write to replicas")
         if stale is None and (not request.keys or len(request.keys) != len(request.records)):
             raise ProtocolMismatch("a replica write has as many records as keys, and at least one")
+        if stale is not None and self._ahead(self.write, session, link, request):
+            return
         if stale is not None:
             link.send(ReplicaWriteReply(request.id, None, None, stale))
         else:
@@ -127,6 +153,8 @@ class ReplicaRequests:
         if self._debug:
             _log.debug("replica_scan", trace=request.trace, peer=session.name, limit=request.limit)
         error = self.stale(session, request.epoch)
+        if error is not None and self._ahead(self.scan, session, link, request):
+            return
         if error is None and self.scans >= REPLICA_SCANS_MAX:
             error = Overloaded(f"{self.scans} scans are under way at {self._node.node_id} already").to_wire()
         if error is not None:

@@ -2,6 +2,9 @@
 
 A client batch is an `Operation`. It is split by replica set into groups (reads.py, writes.py); each has one id on the
 links and one entry in the timer wheel, however many keys it holds. The answer leaves when no group is left.
+
+Where the replica sets change meanwhile, the groups that wait start again under the new ones, within their deadline
+(PROTOCOLS T3): nothing that was answered under the old ones counts.
 """
 
 from __future__ import annotations
@@ -18,12 +21,14 @@ from agi.core.dht.errors import (
     InvalidKey,
     InvalidRequest,
     Overloaded,
+    StaleEpoch,
     TransportError,
 )
+from agi.core.dht.joint import JointRing
 from agi.core.dht.observability.logs import Throttle
 from agi.core.dht.observability.metrics import Metrics
 from agi.core.dht.peers import Peers
-from agi.core.dht.protocol.messages import Delete, Get, KeyError_, Message, Put
+from agi.core.dht.protocol.messages import Delete, Get, KeyError_, Message, Put, WireError
 from agi.core.dht.protocol.timers import TimerWheel
 from agi.core.dht.replica import Replica
 from agi.core.dht.ring import Ring
@@ -75,6 +80,9 @@ class Group(Protocol):
     def expired(self) -> None:
         """The deadline has come."""
 
+    def restart(self) -> None:
+        """The replica sets have changed: what is not answered yet begins again, as other groups."""
+
 
 class Requests:
     """The coordinator's books.
@@ -84,13 +92,14 @@ class Requests:
         first_id: ids start above it; another at each start of the node, so that no late reply meets a stranger.
         pending_bytes_max: keys and values of unfinished requests; past it requests fail with Overloaded.
         slow_s: operations that took at least this long are logged; 0 for none.
+        on_stale: told of a replica that goes by a newer topology.
     """
 
     def __init__(
         self,
         me: str,
         topology: Topology,
-        ring: Ring,
+        ring: Ring | JointRing,
         replica: Replica,
         peers: Peers,
         clock: Clock,
@@ -100,6 +109,7 @@ class Requests:
         first_id: int,
         pending_bytes_max: int,
         slow_s: float,
+        on_stale: Callable[[str], None] = lambda replica: None,
     ) -> None:
         self.me = me
         self.replica = replica
@@ -108,8 +118,12 @@ class Requests:
         self.metrics = metrics
         self.hint = hint
         self.pending: dict[int, Group] = {}
+        self._postponed: list[int] = []
         self.turn = 0
+        self.epoch = topology.epoch
+        self._placement = topology.placement
         self.adopt(topology, ring)
+        self._on_stale = on_stale
         self._ids = first_id
         self._bytes = 0
         self._bytes_max = pending_bytes_max
@@ -117,13 +131,39 @@ class Requests:
         self._slow_s = slow_s or float("inf")
         self._slow = Throttle()
 
-    def adopt(self, topology: Topology, ring: Ring) -> None:
-        """New requests go by this topology; those under way keep the replica sets that they began with."""
+    def adopt(self, topology: Topology, ring: Ring | JointRing) -> None:
+        """Requests go by this topology. Those under way start again where it changes replica sets, or may have: an
+        epoch that this node missed can have changed them and this one changed them back."""
+        changed = topology.placement != self._placement or topology.epoch > self.epoch + 1
+        self._placement = topology.placement
         self.epoch = topology.epoch
         self._ring = ring
         self._all = tuple(member.node_id for member in topology.members)
-        self._everywhere = topology.replica_count == len(topology.members)
+        self._everywhere = not topology.in_transition and topology.replica_count == len(topology.members)
         self._needed = {level: level.needed(topology.replica_count) for level in Consistency}
+        if changed:
+            pending, self.pending = self.pending, {}
+            for group in pending.values():
+                group.restart()
+
+    def late(self, operation: Operation) -> bool:
+        """The operation's deadline has passed."""
+        return self.clock.monotonic() >= operation.started + min(operation.request.timeout_ms, TIMEOUT_MS_MAX) / 1000
+
+    def postpone(self, group: Group, operation: Operation) -> int:
+        """A group that has to start again cannot reach its replicas yet: new ones are connected only after the change.
+        It tries again soon, under the id that is returned."""
+        number = self.enter(group, operation)
+        self._postponed.append(number)
+        return number
+
+    def stale(self, replica: str, error: WireError) -> bool:
+        """Whether a replica refuses because the topology has changed: it is no failure, as the request starts again
+        once this node goes by the newer one."""
+        if error[0] != StaleEpoch.code:
+            return False
+        self._on_stale(replica)
+        return True
 
     def needed(self, consistency: int) -> int:
         """Replicas that a level waits for. Raises InvalidConsistency."""
@@ -145,17 +185,22 @@ class Requests:
         self._bytes += cost
         return cost
 
-    def parts(self, keys: list[bytes]) -> list[Part]:
-        """The batch split by replica set."""
+    def parts(self, operation: Operation, places: list[int] | None, keys: list[bytes]) -> list[Part]:
+        """These keys of an operation split by replica set; `places` is where they are in its batch (None: all of it).
+        The operation then waits for each of the parts."""
         if self._everywhere:
-            return [(None, keys, self._all)]
+            return [(places, keys, self._all)]
         replicas_of = self._ring.replicas
         split: dict[tuple[str, ...], list[int]] = {}
         for index, key in enumerate(keys):
             split.setdefault(replicas_of(key), []).append(index)
         if len(split) == 1:
-            return [(None, keys, next(iter(split)))]
-        return [(places, [keys[i] for i in places], replicas) for replicas, places in split.items()]
+            return [(places, keys, next(iter(split)))]
+        operation.left += len(split) - 1
+        if places is None:
+            operation.results = [None] * len(keys)
+            return [(found, [keys[i] for i in found], replicas) for replicas, found in split.items()]
+        return [([places[i] for i in found], [keys[i] for i in found], replicas) for replicas, found in split.items()]
 
     def enter(self, group: Group, operation: Operation) -> int:
         """The group's id; it ends at the operation's deadline at the latest."""
@@ -186,11 +231,17 @@ class Requests:
             group.lost(node_id, error)
 
     def advance(self, now: float) -> None:
-        """Ends what is past its deadline."""
+        """Ends what is past its deadline, and tries again what was postponed."""
         for number in self._wheel.advance(now):
             group = self.pending.get(number)
             if group is not None:
                 group.expired()
+        if self._postponed:
+            postponed, self._postponed = self._postponed, []
+            for number in postponed:
+                group = self.pending.pop(number, None)
+                if group is not None:
+                    group.restart()
 
 
 def refusal(error: Exception) -> DHTError:

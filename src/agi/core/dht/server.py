@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import structlog
 import typer
 import uvloop
 from grpc import aio
@@ -24,7 +25,7 @@ from agi.core.dht.admin.endpoints import admin_server
 from agi.core.dht.clock import SystemClock
 from agi.core.dht.commands import run
 from agi.core.dht.config import Config, load_config
-from agi.core.dht.errors import ConfigError, ConnectFailed, DHTError
+from agi.core.dht.errors import ConfigError, ConnectFailed, DHTError, Removed
 from agi.core.dht.node import Node
 from agi.core.dht.observability.logs import configure
 from agi.core.dht.ring import token_bytes
@@ -36,6 +37,11 @@ from agi.core.dht.storage.rocksdb import RocksStore
 from agi.core.dht.transport.grpc import SERVER_OPTIONS, GrpcTransport
 from agi.core.dht.transport.native import NativeTransport
 from agi.core.dht.types import format_address, parse_address
+
+_log = structlog.get_logger("agi.core.dht.server")
+
+SET_ASIDE_MAX = 100
+"""Folders of a node that the cluster has let go; past it the last stays where it is, and refuses to start."""
 
 
 def _store(config: Config, path: Path, node_id: str) -> StorageBackend:
@@ -125,8 +131,22 @@ async def _run(config: Config, stop_with_stdin: bool) -> None:
     await service.stop()
     await server.stop(1.0)
     await admin.close()
-    if fatal:
+    if fatal and not isinstance(fatal[0], Removed):
         raise fatal[0]
+    if fatal and config.storage.backend == "rocksdb":
+        _set_aside(config.storage_path(port))
+
+
+def _set_aside(folder: str | Path) -> None:
+    """The folder of a node that the cluster let go: it does not count any more, and the node may join as a new one."""
+    path = Path(folder)
+    for number in range(1, SET_ASIDE_MAX):
+        aside = path.with_name(f"{path.name}.removed-{number}")
+        if not aside.exists():
+            path.rename(aside)
+            _log.warning("data_set_aside", folder=str(aside))
+            return
+    _log.error("data_not_set_aside", folder=str(path), reason=f"{SET_ASIDE_MAX} folders were set aside already")
 
 
 class _StdinWatch(asyncio.Protocol):
@@ -156,6 +176,9 @@ def serve(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, such as network.timeout_ms=500."),
     ] = None,
+    replace: Annotated[
+        str | None, typer.Option(metavar="NODE", help="Join in the place of this dead node.", show_default=False)
+    ] = None,
     stop_with_stdin: Annotated[
         bool, typer.Option("--stop-with-stdin", help="Stop when stdin ends, so that no node outlives its launcher.")
     ] = False,
@@ -176,6 +199,7 @@ def serve(
         "dht.network.port": port,
         "dht.network.host": host,
         "dht.cluster.bootstrap_nodes": peers,
+        "dht.cluster.replaces": replace,
         "dht.node.id": node_id,
         "dht.node.advertise": advertise,
         "dht.storage.backend": storage,

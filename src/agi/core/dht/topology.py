@@ -14,12 +14,21 @@ import msgspec
 import xxhash
 
 from agi.core.dht.errors import ClusterError, StorageCorrupt
+from agi.core.dht.joint import JointRing
 from agi.core.dht.ring import Ring
 from agi.core.dht.types import Node, parse_address
 
+NORMAL, JOINING, LEAVING = "normal", "joining", "leaving"
+
 
 class Member(msgspec.Struct, frozen=True, array_like=True, order=True):
-    """A node as the topology knows it. `address` is its advertised gRPC address."""
+    """A node as the topology knows it.
+
+    Attributes:
+        address: its advertised gRPC address.
+        state: NORMAL; JOINING or LEAVING while the change is under way that brings it in or takes it out.
+        next_weight: the weight that the change under way gives it; 0 where it keeps its own.
+    """
 
     node_id: str
     disk_id: str
@@ -27,7 +36,8 @@ class Member(msgspec.Struct, frozen=True, array_like=True, order=True):
     weight: float = 1.0
     rack: str = ""
     zone: str = ""
-    state: str = "normal"
+    state: str = NORMAL
+    next_weight: float = 0.0
 
 
 class Topology(msgspec.Struct, frozen=True, array_like=True, dict=True):
@@ -75,6 +85,29 @@ class Topology(msgspec.Struct, frozen=True, array_like=True, dict=True):
         )
 
     @property
+    def in_transition(self) -> bool:
+        """Whether a change of replica sets is under way: then everything needs quorums of the sets before and after."""
+        return any(member.state != NORMAL or member.next_weight for member in self.members)
+
+    def finished(self, now_ms: int) -> Topology:
+        """The final epoch of the change under way: those that join are in, those that leave are gone."""
+        members = [
+            msgspec.structs.replace(member, state=NORMAL, weight=member.next_weight or member.weight, next_weight=0.0)
+            for member in self.members
+            if member.state != LEAVING
+        ]
+        return self.next(members, f"done: {self.note}", now_ms)
+
+    def undone(self, now_ms: int) -> Topology:
+        """The epoch that gives the change under way up: everything is as it was before."""
+        members = [
+            msgspec.structs.replace(member, state=NORMAL, next_weight=0.0)
+            for member in self.members
+            if member.state != JOINING
+        ]
+        return self.next(members, f"given up: {self.note}", now_ms)
+
+    @property
     def origin(self) -> str:
         """What all epochs of one cluster have in common."""
         return self.lineage or self.digest
@@ -86,9 +119,11 @@ class Topology(msgspec.Struct, frozen=True, array_like=True, dict=True):
 
     @cached_property
     def placement(self) -> str:
-        """A digest of what decides who holds which key: epochs in which no replica set changed have the same (T3)."""
-        members = [(m.node_id, m.disk_id, m.weight, m.rack, m.zone, m.state) for m in self.members]
-        what = (self.factor, self.virtual_nodes, self.hash_algorithm, members)
+        """A digest of what decides who holds which key: epochs in which no replica set changed have the same (T3). Each
+        change has one of its own: what was done for one that was given up does not count when it is tried again."""
+        members = [(m.node_id, m.disk_id, m.weight, m.rack, m.zone, m.state, m.next_weight) for m in self.members]
+        change = self.epoch if self.in_transition else 0
+        what = (self.factor, self.virtual_nodes, self.hash_algorithm, members, change)
         return str(xxhash.xxh3_128_hexdigest(msgspec.msgpack.encode(what)))
 
     @cached_property
@@ -105,15 +140,25 @@ class Topology(msgspec.Struct, frozen=True, array_like=True, dict=True):
 
     @cached_property
     def replica_count(self) -> int:
-        """Replicas of each key: the factor, or all nodes while there are fewer. Quorums are of this number."""
-        return min(self.factor, len(self.members))
+        """Replicas of each key: the factor, or all nodes while there are fewer. Quorums are of this number. Those that
+        join do not count yet."""
+        return min(self.factor, sum(member.state != JOINING for member in self.members))
 
-    def ring(self) -> Ring:
+    def ring(self) -> Ring | JointRing:
+        """Who holds which key now: while a change is under way, the replicas before and after it."""
+        before = self._ring([(m, m.weight) for m in self.members if m.state != JOINING])
+        if not self.in_transition:
+            return before
+        return JointRing(
+            before, self._ring([(m, m.next_weight or m.weight) for m in self.members if m.state != LEAVING])
+        )
+
+    def _ring(self, members: Sequence[tuple[Member, float]]) -> Ring:
         nodes = []
-        for member in self.members:
+        for member, weight in members:
             host, port = parse_address(member.address)
             labels = {name: value for name, value in (("rack", member.rack), ("zone", member.zone)) if value}
-            nodes.append(Node(member.node_id, host, port, member.weight, self.virtual_nodes, labels))
+            nodes.append(Node(member.node_id, host, port, weight, self.virtual_nodes, labels))
         return Ring(nodes, self.hash_algorithm, self.factor)
 
     def check_unique(self) -> None:
@@ -134,7 +179,7 @@ def choose_voters(members: Sequence[Member], kept: Sequence[str]) -> tuple[str, 
     >>> choose_voters(nodes, ()), choose_voters(nodes[1:], ("n0", "n1", "n2"))
     (('n0', 'n1', 'n2'), ('n1', 'n2', 'n3'))
     """
-    normal = {member.node_id: member for member in members if member.state == "normal"}
+    normal = {member.node_id: member for member in members if member.state == NORMAL}
     count = 5 if len(normal) >= 5 else 3 if len(normal) >= 3 else min(1, len(normal))
     chosen = [normal[name] for name in kept if name in normal][:count]
     while len(chosen) < count:

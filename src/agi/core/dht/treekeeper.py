@@ -16,6 +16,7 @@ import structlog
 
 from agi.core.dht.clock import Clock
 from agi.core.dht.errors import DHTError, from_wire
+from agi.core.dht.joint import JointRing
 from agi.core.dht.protocol.exchange import RECORDS_MAX, SEND_BYTES, Entry, Span, entry_of
 from agi.core.dht.protocol.merkle import FOLD_AT, HashTrees
 from agi.core.dht.protocol.messages import REPAIR, WireError
@@ -84,7 +85,7 @@ class TreeKeeper:
         self._work = asyncio.Event()
         self._page_keys = PAGE_KEYS_MAX
 
-    def start(self, ring: Ring) -> None:
+    def start(self, ring: Ring | JointRing) -> None:
         """The node has its first topology; writes come after this."""
         self._token_of = token_bytes(ring.hash_algorithm)
         self._trees = HashTrees(self._token_of)
@@ -93,7 +94,7 @@ class TreeKeeper:
         self.adopt(ring)
         self._own(self._keep(), "hash trees")
 
-    def adopt(self, ring: Ring) -> None:
+    def adopt(self, ring: Ring | JointRing) -> None:
         """Another ring counts. Ranges that it leaves as they are keep their trees."""
         trees, partners = self.trees, dict[str, list[int]]()
         held = sorted(

@@ -16,12 +16,12 @@ from agi.core.dht.errors import (
     NotReady,
     OutcomeUnknown,
     Overloaded,
-    StaleEpoch,
     StorageFull,
     TransportError,
     Unavailable,
     from_wire,
 )
+from agi.core.dht.joint import JointSet
 from agi.core.dht.peers import Peer
 from agi.core.dht.protocol.dedup import RequestTable
 from agi.core.dht.protocol.messages import (
@@ -34,17 +34,17 @@ from agi.core.dht.protocol.messages import (
     ReplicaWriteReply,
     WireError,
 )
-from agi.core.dht.protocol.quorum import WriteQuorum, Written
+from agi.core.dht.protocol.quorum import JointWriteQuorum, WriteQuorum, Written
 from agi.core.dht.protocol.record import TOMBSTONE, created_ms_of, hlc_of, is_live, pack, pack_batch
 from agi.core.dht.protocol.versioning import HLC
 from agi.core.dht.requests import Operation, ReplyTo, Requests
 from agi.core.dht.transport.codec import encode
-from agi.core.dht.types import TTL_MS_MAX, VALUE_BYTES_MAX
+from agi.core.dht.types import TTL_MS_MAX, VALUE_BYTES_MAX, Consistency
 
 RESTAMPS_MAX = 8
 """How often a batch is stamped anew against concurrent writers before the call gives up."""
 
-_NOT_STORED = frozenset(kind.code for kind in (ClockSkew, NotReady, Overloaded, StaleEpoch, StorageFull))
+_NOT_STORED = frozenset(kind.code for kind in (ClockSkew, NotReady, Overloaded, StorageFull))
 """Refusals after which a replica certainly does not hold the write (D3)."""
 
 
@@ -106,12 +106,22 @@ class Writes:
         trace = trace or f"{client}:{request.id}"
         operation = WriteOperation(request, reply, trace, requests.clock.monotonic(), cost, client)
         self._known.add(client, request.id, operation, len(request.keys))
-        parts = requests.parts(request.keys)
-        if len(parts) > 1:
-            operation.left = len(parts)
-            operation.results = [None] * len(request.keys)
-        for places, keys, replicas in parts:
-            WriteGroup(self, requests, operation, places, keys, replicas, needed).start()
+        for places, keys, replicas in requests.parts(operation, None, request.keys):
+            group = JointWriteGroup if type(replicas) is JointSet else WriteGroup
+            group(self, requests, operation, places, keys, replicas, needed).start()
+
+    def restart(
+        self, operation: WriteOperation, places: list[int] | None, keys: list[bytes], records: list[bytes]
+    ) -> None:
+        """Writes these records again, unchanged, as the replica sets have changed."""
+        requests = self._requests
+        needed = requests.needed(operation.request.consistency)
+        by_place = dict(zip(range(len(keys)) if places is None else places, records, strict=True))
+        for part, part_keys, replicas in requests.parts(operation, places, keys):
+            make = JointWriteGroup if type(replicas) is JointSet else WriteGroup
+            group = make(self, requests, operation, part, part_keys, replicas, needed)
+            group.records = records if part is places else [by_place[place] for place in part or ()]
+            group.start()
 
     def reply(self, group: WriteGroup, peer: Peer, reply: ReplicaWriteReply) -> None:
         """A peer answered a write of that group."""
@@ -200,15 +210,19 @@ class WriteGroup(WriteQuorum):
                 waiting[name] = None
                 targets.append(usable[name])
             else:
-                self.failures += 1
+                self.absent(name)
                 self._miss(name)
         local = me in waiting
-        if operation.attempts:
-            self.maybe = 1  # an earlier stamp of these keys may have been stored somewhere
-        if len(waiting) < self.needed:
+        again = bool(self.records)
+        if again or operation.attempts:
+            self.maybe = 1  # an earlier try, or an earlier stamp, may have been stored somewhere
+        if self.missed is not None and self.hopeless:
             reachable = len(waiting)
             waiting.clear()
-            self._done(self.unreachable(reachable))
+            if again and not requests.late(operation):
+                self.id = requests.postpone(self, operation)
+            else:
+                self._done(self.unreachable(reachable))
             return
         # This node's own replica judges a version by this node's clock. Where that seems to run ahead of the others',
         # it stores only what another has taken: else a read would repair a refused write over acknowledged ones.
@@ -216,12 +230,13 @@ class WriteGroup(WriteQuorum):
         ahead = sum(peer.clock_ms < limit_ms for peer in targets)
         self.deferred = local and ahead * 2 > len(targets)
         headers = None
-        if local:
+        if local and not again:
             try:
                 headers = requests.replica.headers(self.keys)
             except DHTError:
                 headers = None  # the local write below reports it
-        self.records = self._stamp(headers)
+        if not again:
+            self.records = self._stamp(headers)
         self.id = requests.enter(self, operation)
         if targets:
             message = ReplicaWrite(
@@ -276,12 +291,13 @@ class WriteGroup(WriteQuorum):
     ) -> None:
         """What a replica answered. Late and doubled answers are ignored."""
         if error is not None:
-            self._failed(replica, from_wire(*error), maybe_stored=error[0] not in _NOT_STORED)
+            if replica in self.waiting and not self.requests.stale(replica, error):
+                self._failed(replica, from_wire(*error), maybe_stored=error[0] not in _NOT_STORED)
             return
         if replica not in self.waiting:
             return
         del self.waiting[replica]
-        self.add_ack(superseded)
+        self.add_ack(replica, superseded)
         if self.deferred:
             self.deferred = False
             requests, me = self.requests, self.requests.me
@@ -296,6 +312,14 @@ class WriteGroup(WriteQuorum):
     def lost(self, replica: str, error: DHTError) -> None:
         self._failed(replica, error, maybe_stored=True)
 
+    def restart(self) -> None:
+        if self.answered or self.requests.late(self.operation):
+            self.expired()
+            return
+        self.answered = True  # by those that take over
+        self.waiting.clear()
+        self.writes.restart(self.operation, self.places, self.keys, self.records)
+
     def expired(self) -> None:
         if not self.answered:
             self._done(self.shortfall("no quorum by the deadline"))
@@ -309,11 +333,11 @@ class WriteGroup(WriteQuorum):
             return
         del self.waiting[replica]
         self.requests.metrics.replica_errors += 1
-        self.add_failure(error, maybe_stored=maybe_stored)
+        self.add_failure(replica, error, maybe_stored=maybe_stored)
         self._miss(replica)
         if self.deferred and list(self.waiting) == [self.requests.me]:
             self.waiting.clear()  # nobody took it, so this node does not either
-            self.add_failure(error, maybe_stored=False)
+            self.add_failure(self.requests.me, error, maybe_stored=False)
         self._step()
 
     def _miss(self, replica: str) -> None:
@@ -359,7 +383,7 @@ class WriteGroup(WriteQuorum):
         operation.left += 1
         self._done(Written([]))
         keys = [self.keys[i] for i in indexes]
-        WriteGroup(self.writes, self.requests, operation, places, keys, self.replica_set, self.needed).start()
+        self.__class__(self.writes, self.requests, operation, places, keys, self.replica_set, self.needed).start()
 
     def _done(self, outcome: Written | DHTError) -> None:
         self.answered = True
@@ -381,6 +405,28 @@ class WriteGroup(WriteQuorum):
         if self.missed is not None and self.acknowledged:
             for replica in self.missed:
                 self._hint(replica)
+
+
+class JointWriteGroup(JointWriteQuorum, WriteGroup):
+    """Keys that change hands: as a `WriteGroup`, with a quorum of the old replicas and one of the new."""
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        writes: Writes,
+        requests: Requests,
+        operation: WriteOperation,
+        places: list[int] | None,
+        keys: list[bytes],
+        replicas: tuple[str, ...],
+        needed: int,
+    ) -> None:
+        assert type(replicas) is JointSet
+        WriteGroup.__init__(self, writes, requests, operation, places, keys, replicas, needed)
+        level = Consistency(operation.request.consistency)
+        old, new = replicas.old, replicas.new
+        self._share(old, new, level.needed(len(old)), level.needed(len(new)))
 
 
 def _came_to_nothing(known: WriteOperation | PutReply | DeleteReply) -> bool:

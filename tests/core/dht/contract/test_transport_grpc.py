@@ -40,6 +40,7 @@ STATUS = {
     "DATA_LOSS": "StorageCorrupt",
     "CANCELLED": "ClientClosed",
     "FAILED_PRECONDITION": "ConfigError ClockSkew ClusterError HelloRefused UnknownDisk ClonedNode BootstrapConflict "
+    "ChangeRefused Removed "
     "ProtocolMismatch",
     "INTERNAL": "DHTError BatchError StorageError StorageClosed FolderMismatch FolderUnusable",
 }

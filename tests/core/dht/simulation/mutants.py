@@ -96,8 +96,8 @@ def _no_read_repair() -> AbstractContextManager[Any]:
 def _superseded_counts() -> AbstractContextManager[Any]:
     real = WriteQuorum.add_ack
 
-    def add_ack(self: WriteQuorum, superseded: Any) -> None:
-        real(self, None)
+    def add_ack(self: WriteQuorum, replica: str, superseded: Any) -> None:
+        real(self, replica, None)
 
     return mock.patch.object(WriteQuorum, "add_ack", add_ack)
 

@@ -30,6 +30,7 @@ class NodeSamples:
         yield from self._replica()
         yield from self._hints()
         yield from self._repair()
+        yield from self._migration()
         yield from self._wires()
         yield from self._cluster()
         yield from self._health()
@@ -96,6 +97,16 @@ class NodeSamples:
         yield _counter("dht_hint_replay_bytes", "Keys and records sent as hints.", handoff.replayed_bytes)
         dropped = {why.value: count for why, count in handoff.hints.dropped.items()}
         yield _counters("dht_hints_dropped", "Hints given up, by reason.", "reason", dropped)
+
+    def _migration(self) -> Iterator[Metric]:
+        node = self._node
+        migration, topology = node.migration, node.topology
+        changing = float(topology is not None and topology.in_transition)
+        yield _gauge("dht_change_under_way", "1 while members join or leave, else 0.", changing)
+        arcs = {"filled": migration.arcs_done, "lacking": migration.arcs - migration.arcs_done}
+        yield _gauges("dht_change_arcs", "Arcs that the change under way gives this node.", "state", arcs)
+        yield _counter("dht_migration_keys", "Records brought to this node by changes of the members.", migration.keys)
+        yield _counter("dht_migration_bytes", "Keys and records brought to this node so.", migration.bytes)
 
     def _repair(self) -> Iterator[Metric]:
         repair = self._node.antientropy
@@ -176,6 +187,13 @@ def _counter(name: str, text: str, value: float) -> Metric:
 
 def _gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(name, text, value=value)
+
+
+def _gauges(name: str, text: str, label: str, values: dict[str, int]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family
 
 
 def _counters(name: str, text: str, label: str, values: dict[str, int]) -> Metric:

@@ -51,6 +51,10 @@ COMMANDS = {
     "ring": Lazy("agi.core.dht.cli.cluster", "ring", "Show each node's share of the keys."),
     "locate": Lazy("agi.core.dht.cli.cluster", "locate", "Show where a key lies and what each replica holds."),
     "repair": Lazy("agi.core.dht.cli.repair", "repair", "Compare all replicas now, and bring each what it has missed."),
+    "leave": Lazy("agi.core.dht.cli.members", "leave", "Take a running node out of the cluster."),
+    "remove": Lazy("agi.core.dht.cli.members", "remove", "Take a dead node out of the cluster."),
+    "cancel": Lazy("agi.core.dht.cli.members", "cancel", "Undo the change of the members that is under way."),
+    "wait-healthy": Lazy("agi.core.dht.cli.members", "wait_healthy", "Wait until replication is whole."),
     "config": Lazy("agi.core.dht.cli.settings", "app", "Check and show the settings of a node."),
 }
 

@@ -144,6 +144,7 @@ class Session:
         self.direct = DirectReads(self)
         self.epoch = 0
         self.replica_count = 0
+        self.direct_reads = True  # not while members change: coordinators know both replica sets
         self.ring: Ring | None = None
         """None while every node holds every key."""
         self.topology: dict[str, Any] = {}
@@ -213,8 +214,9 @@ class Session:
         self.read_consistency = Consistency.parse(topology["read_consistency"])
         self.write_consistency = Consistency.parse(topology["write_consistency"])
         members = {member["node_id"]: member for member in topology["members"]}
-        self.epoch = topology["epoch"]
-        self.replica_count = min(topology["factor"], len(members))
+        self.epoch, states = topology["epoch"], [member["state"] for member in members.values()]
+        self.replica_count = min(topology["factor"], len(states) - states.count("joining"))
+        self.direct_reads = set(states) == {"normal"}
         for name in [name for name in self.nodes if name not in members]:
             self._drop(self.nodes.pop(name))
         for name, member in members.items():
@@ -226,7 +228,9 @@ class Session:
                 self.nodes[name].wake.set()
         if len(members) <= topology["factor"]:
             self.ring = None
-        elif self.ring is None or {node.node_id for node in self.ring.nodes} != set(members):
+        elif self.ring is None or {(node.node_id, node.weight) for node in self.ring.nodes} != {
+            (name, member["weight"]) for name, member in members.items()
+        }:
             nodes = []
             for name, member in members.items():
                 host, port = parse_address(member["address"])
@@ -393,7 +397,7 @@ class Session:
 
     def _read_directly(self, batch: Batch) -> bool:
         """Asks the replicas themselves where the whole batch has one replica set (direct.py)."""
-        if len(batch.keys) > DIRECT_KEYS_MAX or batch.consistency is Consistency.ALL:
+        if len(batch.keys) > DIRECT_KEYS_MAX or batch.consistency is Consistency.ALL or not self.direct_reads:
             return False
         if self.ring is None:
             up = self.up

@@ -414,6 +414,26 @@ class SyncDHTClient:
         """As `DHTClient.repair`; `on_progress` is called in the client's own thread."""
         return self._call(self._client.repair(node_id, tokens, on_progress))
 
+    def leave(self, node_id: str, *, force: bool = False, timeout: float = 600.0) -> dict[str, Any]:
+        """As `DHTClient.leave`."""
+        return self._call(self._client.leave(node_id, force=force, timeout=timeout))
+
+    def remove(self, node_id: str, *, force: bool = False, timeout: float = 600.0) -> dict[str, Any]:
+        """As `DHTClient.remove`."""
+        return self._call(self._client.remove(node_id, force=force, timeout=timeout))
+
+    def plan(self, what: str, node_id: str, *, force: bool = False) -> dict[str, Any]:
+        """As `DHTClient.plan`."""
+        return self._call(self._client.plan(what, node_id, force=force))
+
+    def cancel_change(self, *, timeout: float = 60.0) -> dict[str, Any]:
+        """As `DHTClient.cancel_change`."""
+        return self._call(self._client.cancel_change(timeout=timeout))
+
+    def wait_healthy(self, timeout: float = 60.0) -> None:
+        """As `DHTClient.wait_healthy`."""
+        self._call(self._client.wait_healthy(timeout))
+
     # --- inside
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:

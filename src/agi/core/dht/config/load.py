@@ -16,14 +16,15 @@ from typing import Any
 import xxhash
 import yaml
 
+from agi.core.dht.config.kinds import PORT_MAX
 from agi.core.dht.config.schema import (
-    PORT_MAX,
     PRESETS,
     ClusterConfig,
     ExpiryConfig,
     HealthConfig,
     HintsConfig,
     Knob,
+    MigrationConfig,
     NetworkConfig,
     NodeConfig,
     ObservabilityConfig,
@@ -69,6 +70,7 @@ class Config:
     health: HealthConfig = field(default_factory=HealthConfig)
     hints: HintsConfig = field(default_factory=HintsConfig)
     repair: RepairConfig = field(default_factory=RepairConfig)
+    migration: MigrationConfig = field(default_factory=MigrationConfig)
     expiry: ExpiryConfig = field(default_factory=ExpiryConfig)
     observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)

@@ -5,26 +5,30 @@ The loader, `docs/configuration.md`, `configs/dht_config.yaml` and `agi-dht conf
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar, cast
+from typing import TypeVar, cast
 
-from agi.core.dht.errors import DHTError
+from agi.core.dht.config.kinds import (
+    ADDRESS,
+    ADDRESSES,
+    AUTO,
+    BOOLEAN,
+    LABEL,
+    LEVEL,
+    NODE_ID,
+    PORT_MAX,
+    PORT_OR_AUTO,
+    Kind,
+    choice,
+    integer,
+    integer_or_auto,
+    number,
+    text,
+)
 from agi.core.dht.ring import HASH_ALGORITHMS
-from agi.core.dht.types import Consistency, format_address, parse_address
+from agi.core.dht.types import Consistency
 
 T = TypeVar("T")
-AUTO = "auto"
-PORT_MAX = 65535
-
-
-@dataclass(frozen=True, slots=True)
-class Kind(Generic[T]):
-    """What a setting accepts. `parse` reads it from text and raises ValueError with what is wrong."""
-
-    accepts: str
-    parse: Callable[[str], T]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,109 +50,13 @@ def knob(
     return field(default=default, metadata={"knob": row})
 
 
-def integer(low: int, high: int) -> Kind[int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[+-]?[0-9]+", text) or not low <= int(text) <= high:
-            raise ValueError(f"must be an integer from {low} to {high}")
-        return int(text)
-
-    return Kind(f"integer, {low} to {high}", parse)
-
-
-def number(low: float, high: float) -> Kind[float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:  # also refuses NaN
-            raise ValueError(f"must be a number from {low:g} to {high:g}")
-        return value
-
-    return Kind(f"number, {low:g} to {high:g}", parse)
-
-
-def choice(*names: str) -> Kind[str]:
-    def parse(text: str) -> str:
-        if text.lower() not in names:
-            raise ValueError(f"must be one of {', '.join(names)}")
-        return text.lower()
-
-    return Kind(" or ".join(f"`{name}`" for name in names), parse)
-
-
-def text(accepts: str, pattern: str) -> Kind[str]:
-    def parse(given: str) -> str:
-        if not re.fullmatch(pattern, given):
-            raise ValueError(f"must be {accepts}")
-        return given
-
-    return Kind(accepts, parse)
-
-
-def _address(given: str) -> str:
-    if not given:
-        return ""
-    try:
-        return format_address(*parse_address(given))
-    except DHTError as error:
-        raise ValueError(str(error)) from None
-
-
-def _addresses(given: str) -> tuple[str, ...]:
-    return tuple(_address(part.strip()) for part in given.split(",") if part.strip())
-
-
-def _port_or_auto(given: str) -> int | None:
-    if given.lower() == AUTO:
-        return None
-    if not re.fullmatch(r"[0-9]+", given) or int(given) > PORT_MAX:
-        raise ValueError(f"must be auto or an integer from 0 to {PORT_MAX}")
-    return int(given)
-
-
-def integer_or_auto(low: int, high: int) -> Kind[int | None]:
-    number_of = integer(low, high)
-
-    def parse(given: str) -> int | None:
-        if given.lower() == AUTO:
-            return None
-        try:
-            return number_of.parse(given)
-        except ValueError:
-            raise ValueError(f"must be {AUTO} or an integer from {low} to {high}") from None
-
-    return Kind(f"`{AUTO}` or integer, {low} to {high}", parse)
-
-
-def _boolean(given: str) -> bool:
-    if given.lower() not in ("true", "false"):
-        raise ValueError("must be true or false")
-    return given.lower() == "true"
-
-
-def _consistency(given: str) -> Consistency:
-    try:
-        return Consistency.parse(given)
-    except DHTError:
-        raise ValueError("must be one of ONE, QUORUM, ALL") from None
-
-
-ADDRESS = Kind("host:port, [ipv6]:port or empty", _address)
-ADDRESSES = Kind("list of host:port or [ipv6]:port; comma-separated outside YAML", _addresses)
-PORT_OR_AUTO: Kind[int | None] = Kind(f"`{AUTO}` or integer, 0 to {PORT_MAX}", _port_or_auto)
-BOOLEAN = Kind("`true` or `false`", _boolean)
-LEVEL = Kind("`ONE`, `QUORUM` or `ALL`", _consistency)
-LABEL = text("up to 64 letters, digits, '.', '_' and '-', or empty", r"[A-Za-z0-9._-]{0,64}")
-
-
 @dataclass(frozen=True, slots=True)
 class NodeConfig:
     """What this node is."""
 
     id: str = knob(
         "",
-        text("up to 128 printable ASCII characters without spaces, or empty", r"[!-~]{0,128}"),
+        NODE_ID,
         "Unique name of this node in its cluster. Empty: the advertised address. It belongs to the data folder: a "
         "node that restarts under another name is another node. With port 0, set it.",
     )
@@ -184,6 +92,7 @@ class ClusterConfig:
         "gRPC addresses at which to find the cluster; this node's own may be among them. The first start of a "
         "cluster needs every node of the list; later any one suffices. Empty: a cluster of one.",
     )
+    replaces: str = knob("", NODE_ID, "The dead member whose place this node takes when it joins; empty: nobody's.")
     force_start_without: tuple[str, ...] = knob(
         (),
         ADDRESSES,
@@ -627,6 +536,37 @@ class RepairConfig:
         unit="keys a second",
         more="requests are slower for a while after a start (at 50,000 about 15 % of a core)",
         less="repair begins later after a start",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationConfig:
+    """Nodes that join or leave: what moves is brought to its new replicas while requests go on."""
+
+    bytes_per_s: int = knob(
+        67_108_864,
+        integer(1024, 1 << 34),
+        "What a node takes in of the data that a change of the members gives it.",
+        unit="bytes a second",
+        more="requests are slower while data moves",
+        less="a change takes longer: bytes that a node is to hold / bytes_per_s",
+    )
+    join_timeout_ms: int = knob(
+        300_000,
+        integer(1000, 86_400_000),
+        "A change is given up when a node that joins has been dead for so long.",
+        unit="ms",
+        more="writes may need the answer of a dead node for longer",
+        less="a node that restarts while it joins begins anew",
+    )
+    eviction_timeout_ms: int = knob(
+        3_600_000,
+        integer(0, 2_592_000_000),
+        "A member that has been dead for so long is removed and its replicas are made anew: one at a time, none while "
+        "several are dead, and never so that fewer nodes than replicas remain. 0: never.",
+        unit="ms",
+        more="data stays with one replica less for longer after a loss",
+        less="data moves for a node that would have come back",
     )
 
 

@@ -73,6 +73,7 @@ class Bootstrap:
         self._hellos: dict[str, Hello] = {}
         self._answers: dict[str, str] = {}
         self._errors: dict[str, str] = {}
+        self._found: dict[str, str] = {}
         self.vote = vote
 
     @property
@@ -91,6 +92,11 @@ class Bootstrap:
     @property
     def settled(self) -> bool:
         return all(address in self._answers for address in self.addresses)
+
+    @property
+    def joining(self) -> bool:
+        """Whether a cluster was found that runs without this node: it asks to be taken in."""
+        return len(set(self._found.values())) == 1 and self.vote is None
 
     def _members(self) -> list[Member]:
         members = [self._me]
@@ -132,7 +138,10 @@ class Bootstrap:
     def _formed(self, address: str, topology: Topology) -> StoreTopology | None:
         mine = topology.by_id.get(self._me.node_id)
         if mine is None:
-            raise HelloRefused(f"the cluster at {address} has formed without {self._me.node_id}: waiting to be added")
+            self._found[address] = topology.origin
+            if len(set(self._found.values())) > 1:
+                raise ClusterError(f"the peers {', '.join(sorted(self._found))} belong to different clusters")
+            raise HelloRefused(f"asking the cluster at {address} to be taken in")
         if mine.disk_id != self._me.disk_id:
             raise ClusterError(f"the cluster at {address} knows {self._me.node_id} with another disk: replace it")
         return StoreTopology(topology)

@@ -62,6 +62,10 @@ class Hello(Message):
     members_seen: list[tuple[str, str]] = []
     """(node id, disk id) of every node reachable through the lists, as far as this one knows; complete if `settled`."""
     settled: bool = False
+    join: bool = False
+    """The sender has found a cluster that does not name it, and asks to be taken in."""
+    replaces: str = ""
+    """The dead member whose place it is to take then."""
     now_ms: int = 0
     """The sender's clock: its wall clock, or its newest version where that is ahead."""
 
@@ -161,7 +165,7 @@ class ScanReply(Message):
 
 class Query(Message):
     """Rare questions: `what` is "topology", "history", "status", "stats", "locate" (with a key), "repair" (`key`:
-    empty, or first and last token) or "repair_state"."""
+    empty, or first and last token), "repair_state" or "change" (`key`: a packed changes.Order)."""
 
     id: int
     what: str
@@ -464,6 +468,48 @@ class TreeFetchReply(Message):
     error: WireError | None = None
 
 
+# --- changes of the members (migration.py)
+
+
+class ArcList(Message):
+    """What do you hold in these spans of tokens (first and last, 8 bytes each, in token order)?"""
+
+    id: int
+    epoch: int
+    trace: str
+    spans: bytes
+
+
+class ArcListReply(Message):
+    """`entries`: token, HLC and writer of each record, 8 bytes each, in token order. `complete`: of all the spans;
+    else ask again from the last token on."""
+
+    id: int
+    entries: bytes = b""
+    complete: bool = False
+    error: WireError | None = None
+
+
+class ChangeState(Message):
+    """How far are you with the change that this epoch began?"""
+
+    id: int
+    epoch: int
+
+
+class ChangeStateReply(Message):
+    """`ready`: the sender holds all that it is to hold after the change. `arcs`, `arcs_done`, `keys`, `bytes`: arcs
+    that change and in which it has a part, those of them that are filled, what was brought to it so far."""
+
+    id: int
+    ready: bool = False
+    arcs: int = 0
+    arcs_done: int = 0
+    keys: int = 0
+    bytes: int = 0
+    error: WireError | None = None
+
+
 KINDS: dict[int, type[Message]] = {
     1: Hello,
     2: Refused,
@@ -500,9 +546,13 @@ KINDS: dict[int, type[Message]] = {
     65: TreeRecordsReply,
     66: TreeFetch,
     67: TreeFetchReply,
+    68: ArcList,
+    69: ArcListReply,
     70: EpochPrepare,
     71: EpochAccept,
     72: EpochReply,
+    75: ChangeState,
+    76: ChangeStateReply,
     73: TopologyDigest,
     74: TopologyNews,
 }

@@ -14,9 +14,10 @@ from functools import partial
 import msgspec
 
 from agi.core.dht.antientropy import Totals
+from agi.core.dht.changes import Order
 from agi.core.dht.client import DHTClient
 from agi.core.dht.config import Config, load_config
-from agi.core.dht.errors import DHTError
+from agi.core.dht.errors import DHTError, Removed
 from agi.core.dht.identity import Identity, Promise
 from agi.core.dht.node import Node
 from agi.core.dht.observability.metrics import Metrics
@@ -83,6 +84,15 @@ class SimCluster:
         """The faults are over: no new epoch is proposed."""
         self.proposed = 0
         self.agreed = 0
+        self.ordered = 0
+        self.changed = 0
+        self.absent = set(scenario.joiners)
+        """Those that are not to be started yet."""
+        self.let_go: set[str] = set()
+        """Those that the cluster has let go, and whose process has still to end."""
+        self.left = 0
+        self.gone: set[str] = set()
+        """Those that the cluster has let go for good."""
         self.declared_dead = 0
         self.false_deaths = 0
         self._epochs: dict[tuple[str, int, int], str] = {}
@@ -121,6 +131,8 @@ class SimCluster:
     def boot(self, name: str) -> None:
         """Starts the node of this name, unless it runs, or is to be started only later."""
         host = self.sim.hosts[name]
+        if name in self.absent or name in self.gone:
+            return
         if not host.alive and self.sim.now >= self.scenario.start_s[name]:
             host.boot(lambda: self._main(host))
 
@@ -128,6 +140,13 @@ class SimCluster:
         """A node as a process: it ends when it cannot start or cannot go on."""
         name = host.name
         fatal = asyncio.Event()
+
+        def ended(error: DHTError) -> None:
+            if isinstance(error, Removed):
+                self.let_go.add(name)
+                self.sim.trace.record("gone", name)
+            fatal.set()
+
         seed, data = (
             SimTransport(self.network, name, ping_interval_s=PING_INTERVAL_S, idle_timeout_s=IDLE_TIMEOUT_S)
             for _ in range(2)
@@ -142,7 +161,7 @@ class SimCluster:
             data_listen=[f"{name}:0"],
             clock=host.clock,
             rng=self.sim.stream(f"node/{name}/{host.incarnation}"),
-            on_fatal=lambda error: fatal.set(),
+            on_fatal=ended,
         )
         self.metrics.append(node.metrics)
         self.hints.append(node.handoff.hints)
@@ -157,8 +176,10 @@ class SimCluster:
         await seed.listen(address_of(name), node)
         self.running[name] = node
         operator = asyncio.create_task(self._operate(node, self.sim.stream(f"operator/{name}/{host.incarnation}")))
+        orders = asyncio.create_task(self._change(node, self.sim.stream(f"changes/{name}/{host.incarnation}")))
         await fatal.wait()
         operator.cancel()
+        orders.cancel()
         self.exits += 1
 
     async def _operate(self, node: Node, rng: random.Random) -> None:
@@ -177,21 +198,53 @@ class SimCluster:
             else:
                 self.agreed += 1
 
+    async def _change(self, node: Node, rng: random.Random) -> None:
+        """Orders at this node that some node leave, or that a change be undone, until the faults are over."""
+        every_s = self.scenario.changes_every_s * len(self.scenario.nodes)
+        while every_s and not self.settling:
+            await asyncio.sleep(rng.expovariate(1 / every_s))
+            if node.epochs.agreement is None or self.settling:
+                continue
+            what = rng.choice(("leave", "leave", "remove", "cancel"))
+            order = Order(what, rng.choice(node.known_topology.members).node_id)
+            self.ordered += 1
+            try:
+                await node.changes.order(order)
+            except DHTError as error:
+                self.sim.trace.record("not-changed", f"{node.node_id} {order} {type(error).__name__}")
+            else:
+                self.changed += 1
+
     def _ended(self, name: str, power_loss: bool) -> None:
         self.running.pop(name, None)
         self.disks[name].end_hook(power_loss)
+        if name in self.let_go:  # its data is set aside: it does not come back, or comes back as new
+            self.let_go.remove(name)
+            self.left += 1
+            self.wipe(name)
+            if self.sim.stream(f"gone/{self.left}").getrandbits(1):
+                self.gone.add(name)
 
     # --- state
 
     @property
     def converged(self) -> bool:
         """Every node is up, has formed, is connected to every other, and all have one topology."""
-        others = len(self.scenario.nodes) - 1
-        if len({node.topology.digest for node in self.running.values() if node.topology is not None}) > 1:
+        names = self.present
+        if self.running.keys() != names:
             return False
-        return len(self.running) == len(self.scenario.nodes) and all(
-            node.topology is not None and len(node.peers.connected) == others for node in self.running.values()
-        )
+        topologies = {node.topology.digest: node.topology for node in self.running.values() if node.topology}
+        if len(topologies) != 1 or any(node.topology is None for node in self.running.values()):
+            return False
+        topology = next(iter(topologies.values()))
+        if topology.in_transition or topology.by_id.keys() != names:
+            return False
+        return all(len(node.peers.connected) == len(names) - 1 for node in self.running.values())
+
+    @property
+    def present(self) -> set[str]:
+        """Those that are to be members."""
+        return set(self.scenario.nodes) - self.absent - self.gone
 
     async def wait_converged(self, within_s: float = CONVERGE_S) -> Finding | None:
         """Waits for it, starting what has ended, as an init system does. What is missing, if that is too long."""
@@ -199,7 +252,7 @@ class SimCluster:
         while not self.converged:
             if self.sim.now > deadline:
                 return Finding(
-                    "convergence", f"after {within_s:g} s: {'; '.join(map(self._state, self.scenario.nodes))}"
+                    "convergence", f"after {within_s:g} s: {'; '.join(map(self._state, sorted(self.present)))}"
                 )
             for name in self.scenario.nodes:
                 self.boot(name)
@@ -212,7 +265,7 @@ class SimCluster:
         while wrong := [
             f"{name} holds {other} {node.detector.status(other).name}"
             for name, node in self.running.items()
-            for other in self.scenario.nodes
+            for other in self.present
             if other != name and node.detector.status(other) is not MemberStatus.ALIVE
         ]:
             if self.sim.now > deadline:
@@ -322,7 +375,7 @@ class SimCluster:
             ended[member] = life
             return
         end = ended.pop(member, None)
-        if end is None:
+        if end is None or life == (0, 0):  # of which nothing was heard: it was let go and has joined again
             return
         self.false_deaths += end[0] == claim.boot
         if life <= end:

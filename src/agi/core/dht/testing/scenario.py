@@ -77,6 +77,9 @@ class Scenario:
         start_s: when each node is first booted.
         faults_from_start: whether the faults begin at once, or when the cluster has formed.
         epochs_every_s: mean time between proposals of a new epoch, each at some node; 0 for none.
+        joiners: of the nodes, those that start once the cluster has formed; the others' lists do not name them.
+        changes_every_s: mean time between orders that a node leave, or that a change be undone, each given at some
+            node; 0 for none.
         read_last: whether the judge reads only after all replicas have become equal without that; else it reads first,
             so that what repair would hide is seen.
     """
@@ -95,6 +98,8 @@ class Scenario:
     workload: Workload
     plan: FaultPlan = field(repr=False)
     read_last: bool = False
+    joiners: tuple[str, ...] = ()
+    changes_every_s: float = 0.0
 
     @classmethod
     def draw(cls, seed: int, profile: Profile | None = None) -> Scenario:
@@ -108,12 +113,18 @@ class Scenario:
         everyone = rng.getrandbits(2) > 0
         start_s = {name: rng.uniform(0.0, 1.0) for name in nodes}
         safety_s = rng.uniform(3.0, 9.0)
+        changing = random.Random(f"{seed}/changes")
+        joiners = tuple(f"n{count + number}" for number in range(1, 1 + changing.choice((0, 0, 1, 1, 2))))
+        peers = {name: _peers(nodes, index, everyone) for index, name in enumerate(nodes)}
+        peers |= {name: _peers(nodes, 0, everyone) for name in joiners}
+        start_s |= dict.fromkeys(joiners, 0.0)
+        nodes += joiners
         return cls(
             seed,
             profile,
             nodes,
             factor,
-            {name: _peers(nodes, index, everyone) for index, name in enumerate(nodes)},
+            peers,
             {
                 "ring.virtual_nodes": 8,
                 "replication.factor": factor,
@@ -121,6 +132,7 @@ class Scenario:
                 "requests.hedge_budget": rng.choice((0.0, 0.05, 0.5)),
                 **_health(random.Random(f"{seed}/health")),
                 **_repair(random.Random(f"{seed}/repair")),
+                "migration.join_timeout_ms": changing.choice((1000, 3000)),
             },
             {name: rng.randint(-SKEW_MS_MAX, SKEW_MS_MAX) for name in nodes},
             {name: 1.0 + rng.uniform(-DRIFT, DRIFT) for name in nodes},
@@ -130,6 +142,8 @@ class Scenario:
             _workload(rng, profile),
             _plan(rng, profile, nodes, safety_s),
             random.Random(f"{seed}/read last").getrandbits(1) == 0,
+            joiners,
+            changing.choice((0.0, 1.0, 3.0)),
         )
 
     def __str__(self) -> str:
@@ -138,6 +152,7 @@ class Scenario:
             f"seed {self.seed}: {self.profile}, {len(self.nodes)} nodes, factor {self.factor}, {workload.clients} x "
             f"{workload.workers} clients, {workload.keys} keys, {self.plan.safety_s:.1f} s of faults"
             f"{' from the start' if self.faults_from_start else ''}"
+            f"{f', {len(self.joiners)} of the nodes join' if self.joiners else ''}"
         )
 
 

@@ -61,7 +61,7 @@ class _Trial:
         return Client(
             host,
             lambda: self.cluster.client(host, rng),
-            [address_of(node) for node in self.scenario.nodes],
+            [address_of(node) for node in self.scenario.nodes if node not in self.scenario.joiners],
             self.scenario.workload,
             self.recorder,
             self.sim.stream(f"workload/{name}"),
@@ -104,6 +104,9 @@ class _Trial:
             stuck = await cluster.wait_converged(FORM_S)
             if stuck is not None:
                 self.report.findings.append(stuck)
+        late = self.sim.stream("joiners")
+        for name in scenario.joiners:
+            loop.call_later(late.uniform(0.0, scenario.plan.safety_s), partial(self._join, name))
         await self.driver.run()
         cluster.settling = True
         for client in self.clients:
@@ -116,6 +119,10 @@ class _Trial:
                     await client.host.wait_end()
         except TimeoutError:
             self.report.findings.append(Finding("deadline", f"clients still ran {patience_s:.1f} s after the healing"))
+
+    def _join(self, name: str) -> None:
+        self.cluster.absent.discard(name)
+        self.cluster.boot(name)
 
     # --- at rest
 
@@ -155,7 +162,7 @@ class _Trial:
 
     def _agreed(self, call: Call) -> None:
         """After a quorum read at rest a quorum of the key's replicas durably holds what it returned."""
-        node = next(iter(self.cluster.running.values()))
+        node = next(node for node in self.cluster.running.values() if node.node_id in node.known_topology.by_id)
         assert node.topology is not None and node.ring is not None
         key = call.key.encode()
         replicas = node.ring.replicas(key)
@@ -185,6 +192,10 @@ class _Trial:
         report.counts["differences repaired"] = sum(each.differences for each in self.cluster.repairs)
         report.counts["epochs proposed"] = self.cluster.proposed
         report.counts["epochs agreed"] = self.cluster.agreed
+        report.counts["changes ordered"] = self.cluster.ordered
+        report.counts["changes begun"] = self.cluster.changed
+        report.counts["joined"] = len(set(self.scenario.joiners) - self.cluster.absent)
+        report.counts["let go"] = self.cluster.left
         report.counts["declared dead"] = self.cluster.declared_dead
         report.counts["of these refuted"] = self.cluster.false_deaths
         report.counts["hedges"] = sum(each.hedges for each in metrics)

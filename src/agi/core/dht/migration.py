@@ -1,0 +1,277 @@
+"""Fills this node with what a change of the members gives it (PROTOCOLS T4, T6, T7).
+
+While a change is under way, every node that holds an arc after it, newcomer or not, merges that arc from a majority of
+those who held it before (counting itself). Writes of the transition reach quorums of both sets anyhow; so what has to
+be brought is what was acknowledged before, and each source tells of it only after it has durably adopted the
+transition and settled every write that it took under the old epoch (`Replica.settle`). *Copied from one: v at {A,Y},
+the newcomer copied B, and v is lost. Snapshot before the epoch: the source takes another old write after it.*
+
+A source lists (token, version, writer) of its records; what the target lacks or has older is fetched. So a second
+source costs 24 bytes a record, and a repetition after a crash costs that too: nothing but "all is here" is remembered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import struct
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import structlog
+
+from agi.core.dht.calls import Calls
+from agi.core.dht.clock import Clock
+from agi.core.dht.errors import DHTError, NotReady, Overloaded, ProtocolMismatch, StorageError, TransportError
+from agi.core.dht.joint import JointRing, JointSet, majority
+from agi.core.dht.peers import Peers
+from agi.core.dht.protocol.exchange import SEND_KEYS_MAX, Entry, Span
+from agi.core.dht.protocol.messages import (
+    ArcList,
+    ArcListReply,
+    ChangeState,
+    ChangeStateReply,
+    TreeFetch,
+    TreeFetchReply,
+    WireError,
+)
+from agi.core.dht.replica import Replica
+from agi.core.dht.ring import Ring
+from agi.core.dht.sessions import Session
+from agi.core.dht.topology import Topology
+from agi.core.dht.transport.base import Link
+from agi.core.dht.treekeeper import Own, Rate, TreeKeeper
+
+_log = structlog.get_logger("agi.core.dht.migration")
+
+REQUESTS = (ArcList, ChangeState)
+REPLY_TIMEOUT_S = 5.0
+"""For one answer of a source."""
+SPANS_MAX = 256
+"""Spans that one question names."""
+RETRY_FIRST_S, RETRY_MAX_S = 0.1, 2.0
+LISTS_MAX = 16
+"""Lists that a node makes for others at a time."""
+_SPAN = struct.Struct(">QQ")
+_ENTRY = struct.Struct(">Q16s")
+_ENTRY_BYTES = 24
+
+Work: TypeAlias = dict[JointSet, list[Span]]
+
+
+class Migration:
+    """
+    Args:
+        stale: why a message of that epoch is refused, None if it is not.
+        own: runs a coroutine as a task that the node owns.
+        bytes_per_s: what sources send to this node, keys, records and lists.
+
+    Attributes:
+        ready: this node holds all that it is to hold after the change under way; true while there is none.
+        arcs, arcs_done: of the change under way, those that this node is to hold.
+        keys, bytes: brought to this node since it started.
+    """
+
+    def __init__(
+        self,
+        node_id: str,
+        replica: Replica,
+        keeper: TreeKeeper,
+        peers: Peers,
+        calls: Calls,
+        clock: Clock,
+        rng: random.Random,
+        own: Own,
+        stale: Callable[[Session, int], WireError | None],
+        *,
+        bytes_per_s: float,
+    ) -> None:
+        self.ready = True
+        self.arcs = 0
+        self.arcs_done = 0
+        self.keys = 0
+        self.bytes = 0
+        self._me = node_id
+        self._replica = replica
+        self._keeper = keeper
+        self._peers = peers
+        self._calls = calls
+        self._rng = rng
+        self._own = own
+        self._stale = stale
+        self._rate = Rate(bytes_per_s, clock)
+        self._epoch = 0
+        self._placement = ""
+        self._settled = ""
+        self._lists = 0
+
+    def adopt(self, topology: Topology, ring: Ring | JointRing) -> None:
+        """Another topology counts. Where it begins a change, this node starts to fill itself."""
+        self._epoch = topology.epoch
+        if topology.placement == self._placement:
+            return
+        self._placement = topology.placement
+        self.arcs = self.arcs_done = 0
+        self.ready = not isinstance(ring, JointRing)
+        if isinstance(ring, JointRing):
+            work: Work = {}
+            for part in ring.partitions():
+                if isinstance(part.replicas, JointSet) and self._me in part.replicas.new:
+                    work.setdefault(part.replicas, []).extend(part.ranges())
+            self.arcs = sum(map(len, work.values()))
+            self._own(self._fill(topology.placement, work), "migration")
+
+    # --- filling
+
+    async def _fill(self, placement: str, work: Work) -> None:
+        await self._settle(placement)
+        for replicas, spans in work.items():
+            spans.sort()
+            enough = majority(len(replicas.old)) - (self._me in replicas.old)
+            merged: set[str] = set()
+            delay_s = RETRY_FIRST_S
+            while len(merged) < enough:
+                sources = [name for name in replicas.old if name != self._me and name not in merged]
+                self._rng.shuffle(sources)
+                sources.sort(key=lambda name: name not in self._peers.usable or name in self._peers.suspects)
+                for name in sources:
+                    if placement != self._placement:
+                        return
+                    try:
+                        await self._merge_from(name, spans, placement)
+                    except (DHTError, TimeoutError) as error:
+                        _log.info("arcs_not_merged", source=name, error=str(error) or "no answer in time")
+                        continue
+                    merged.add(name)
+                    delay_s = RETRY_FIRST_S
+                    break
+                else:
+                    await asyncio.sleep(delay_s * (0.5 + self._rng.random()))
+                    delay_s = min(RETRY_MAX_S, delay_s * 2)
+            self.arcs_done += len(spans)
+        if placement == self._placement:
+            self.ready = True
+            _log.info("filled", epoch=self._epoch, arcs=self.arcs, keys=self.keys, bytes=self.bytes)
+
+    async def _settle(self, placement: str) -> None:
+        """Every write that was taken under the old epoch is in the store: from now on lists tell of it."""
+        while True:
+            try:
+                await self._replica.settle()
+            except (DHTError, TimeoutError) as error:
+                _log.warning("not_settled", error=str(error) or "no answer in time")
+                await asyncio.sleep(RETRY_MAX_S)
+            else:
+                break
+        if placement == self._placement:
+            self._settled = placement
+
+    async def _merge_from(self, name: str, spans: list[Span], placement: str) -> None:
+        """This node holds at least what that source holds in these spans. Raises what prevents it."""
+        for at in range(0, len(spans), SPANS_MAX):
+            left = spans[at : at + SPANS_MAX]
+            while left:
+                message = ArcList(0, self._epoch, f"migration:{self._me}", b"".join(_SPAN.pack(*s) for s in left))
+                async with asyncio.timeout(REPLY_TIMEOUT_S):
+                    reply = await self._calls.call(name, message)
+                assert isinstance(reply, ArcListReply)
+                if len(reply.entries) % _ENTRY_BYTES or not (reply.entries or reply.complete):
+                    raise ProtocolMismatch(f"{name} sent a broken list")
+                listed = list(_ENTRY.iter_unpack(reply.entries))
+                await self._rate.spend(len(reply.entries))
+                up_to = None if reply.complete else listed[-1][0]
+                if wanted := await self._lacking(left, listed, up_to):
+                    await self._fetch(name, wanted, placement)
+                    if await self._lacking(left, listed, up_to):  # verified (T7)
+                        raise ProtocolMismatch(f"{name} has not sent all that it listed")
+                if reply.complete:
+                    break
+                last = listed[-1][0]
+                if listed[0][0] == last and len(listed) > 1:
+                    last += 1  # all of one token: no page would come further
+                left = [(max(first, last), end) for first, end in left if end >= last]
+
+    async def _lacking(self, spans: list[Span], listed: list[tuple[int, bytes]], up_to: int | None) -> list[int]:
+        """Tokens of what the source has and this node has not, or older."""
+        mine: dict[int, list[bytes]] = {}
+        left = spans if up_to is None else [(first, min(end, up_to)) for first, end in spans if first <= up_to]
+        while left:
+            entries, cut = await self._keeper.listing(left)
+            for entry in entries:
+                mine.setdefault(entry.token, []).append(entry.header[:16])
+            if cut is None:
+                break
+            left = [(max(first, cut + 1), end) for first, end in left if end > cut]
+        wanted: dict[int, None] = {}
+        for token, version in listed:
+            held = mine.get(token, ())
+            if version not in held and not (len(held) == 1 and held[0] > version):
+                wanted[token] = None
+        return list(wanted)
+
+    async def _fetch(self, name: str, tokens: list[int], placement: str) -> None:
+        at = 0
+        while at < len(tokens):
+            if placement != self._placement:
+                raise NotReady("the change is over")
+            some = tokens[at : at + SEND_KEYS_MAX]
+            packed = struct.pack(f"<{len(some)}Q", *some)
+            async with asyncio.timeout(REPLY_TIMEOUT_S):
+                reply = await self._calls.call(name, TreeFetch(0, self._epoch, f"migration:{self._me}", packed))
+            assert isinstance(reply, TreeFetchReply)
+            if reply.taken < 1 or len(reply.keys) != len(reply.records):
+                raise ProtocolMismatch(f"{name} sent no records")
+            if reply.keys:
+                await self._keeper.store(reply.keys, reply.records)
+            size = sum(map(len, reply.keys)) + sum(map(len, reply.records))
+            self.keys += len(reply.keys)
+            self.bytes += size
+            at += reply.taken
+            await self._rate.spend(size)
+
+    # --- answers to others
+
+    def request(self, session: Session, link: Link, message: Any) -> None:
+        """A member fills itself, or asks how far this node is."""
+        error = self._stale(session, message.epoch)
+        if session.kind != "node":
+            raise ProtocolMismatch("a client takes no part in a change of the members")
+        if isinstance(message, ChangeState):
+            reply = ChangeStateReply(
+                message.id, error is None and self.ready, self.arcs, self.arcs_done, self.keys, self.bytes, error
+            )
+            self._reply(session, link, reply)
+            return
+        if error is None and self._settled != self._placement:
+            error = NotReady(f"{self._me} has not settled what it took before the change").to_wire()
+        if error is None and self._lists >= LISTS_MAX:
+            error = Overloaded(f"{self._lists} lists are being made already").to_wire()
+        if error is not None:
+            self._reply(session, link, ArcListReply(message.id, error=error))
+            return
+        self._lists += 1
+        self._own(self._list(session, link, message), "migration answer")
+
+    async def _list(self, session: Session, link: Link, message: ArcList) -> None:
+        try:
+            if not message.spans or len(message.spans) % _SPAN.size or len(message.spans) > SPANS_MAX * _SPAN.size:
+                raise ProtocolMismatch("a list is of 1 to 256 spans")
+            entries, cut = await self._keeper.listing(list(_SPAN.iter_unpack(message.spans)))
+            reply = ArcListReply(message.id, b"".join(map(_packed, entries)), cut is None)
+        except DHTError as error:
+            reply = ArcListReply(message.id, error=error.to_wire())
+        except TimeoutError:
+            reply = ArcListReply(message.id, error=StorageError("the store did not answer in time").to_wire())
+        finally:
+            self._lists -= 1
+        self._reply(session, link, reply)
+
+    def _reply(self, session: Session, link: Link, reply: ArcListReply | ChangeStateReply) -> None:
+        try:
+            session.send(link, reply)
+        except (TransportError, Overloaded) as error:
+            _log.info("reply_undeliverable", peer=session.name, error=str(error))
+
+
+def _packed(entry: Entry) -> bytes:
+    return _ENTRY.pack(entry.token, entry.header[:16])

@@ -1,0 +1,292 @@
+"""Nodes that join, leave and are removed while the cluster runs: who may, what moves, and what requests see of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+from cluster import LOST, Cluster, until
+
+from agi.core.dht.client import DHTClient
+from agi.core.dht.errors import ChangeRefused, DHTError, InvalidRequest, NotReady, Removed, Unavailable
+from agi.core.dht.protocol.messages import (
+    ArcListReply,
+    EpochAccept,
+    EpochPrepare,
+    Hello,
+    Message,
+    TopologyDigest,
+    TopologyNews,
+)
+from agi.core.dht.types import Consistency, MemberStatus
+
+KEYS = [f"key:{number}" for number in range(120)]
+HASTY = {
+    "dht.health.heartbeat_interval_ms": 50,
+    "dht.health.probe_timeout_ms": 20,
+    "dht.health.failure_threshold": 1,
+    "dht.health.suspicion_mult": 1,
+    "dht.health.suspicion_max_mult": 1,
+}
+
+
+async def filled(cluster: Cluster) -> DHTClient:
+    """A client that has put every key."""
+    client = await cluster.client()
+    await client.put_many({key: key.encode() for key in KEYS}, consistency=Consistency.ALL)
+    return client
+
+
+def placed(cluster: Cluster) -> bool:
+    """Every key is held, alike, by each of its replicas of now."""
+    for key in KEYS:
+        held = cluster.held(key)
+        records = {held[i] for i in cluster.holders(key)}
+        if len(records) != 1 or None in records:
+            return False
+    return True
+
+
+def blocked(src: str, dst: str, message: Message) -> tuple[float, ...] | None:
+    """Nobody learns what others hold: no change comes to its end."""
+    return () if isinstance(message, ArcListReply) else None
+
+
+async def test_a_node_that_joins_gets_its_keys_and_no_others() -> None:
+    async with Cluster(3) as cluster:
+        client = await filled(cluster)
+        await cluster.add()
+        topology = cluster.node(0).known_topology
+        assert [member.node_id for member in topology.members] == ["n0", "n1", "n2", "n3"]
+        assert {member.state for member in topology.members} == {"normal"}
+        assert topology.epoch == 3
+        assert placed(cluster)
+        own = {key for key in KEYS if 3 in cluster.holders(key)}
+        assert 0 < len(own) < len(KEYS)
+        assert {key for key in KEYS if cluster.held(key)[3] is not None} == own
+        assert cluster.node(3).migration.keys == len(own)  # each came once
+        assert await client.get_many(KEYS) == {key: key.encode() for key in KEYS}
+
+
+async def test_a_node_joins_a_cluster_of_one_and_then_another() -> None:
+    async with Cluster(1) as cluster:
+        await filled(cluster)
+        await cluster.add()
+        await cluster.add()
+        assert placed(cluster)
+        assert all(None not in cluster.held(key) for key in KEYS)
+
+
+async def test_a_node_that_leaves_hands_over_what_it_held_and_ends() -> None:
+    async with Cluster(4) as cluster:
+        client = await filled(cluster)
+        after = await client.leave("n3")
+        assert [member["node_id"] for member in after["members"]] == ["n0", "n1", "n2"]
+        await until(lambda: cluster.fatal)
+        assert isinstance(cluster.fatal[0], Removed)
+        await cluster.down(3)
+        assert placed(cluster)
+        assert await client.get_many(KEYS) == {key: key.encode() for key in KEYS}
+
+
+async def test_a_dead_node_is_removed_and_its_replicas_are_made_anew() -> None:
+    async with Cluster(5, settings=HASTY) as cluster:
+        client = await filled(cluster)
+        with pytest.raises(ChangeRefused, match="n4 is not held to be dead"):
+            await client.remove("n4")
+        await cluster.down(4)
+        await until(lambda: all(node.detector.status("n4") is MemberStatus.DEAD for node in cluster.living()))
+        with pytest.raises(ChangeRefused, match="n4 is dead: remove it"):
+            await client.leave("n4")
+        await client.remove("n4")
+        await cluster.settled()
+        assert placed(cluster)
+
+
+async def test_a_dead_node_is_replaced_in_one_change() -> None:
+    async with Cluster(4, settings=HASTY, per_node={4: {"dht.cluster.replaces": "n3"}}) as cluster:
+        await filled(cluster)
+        await cluster.down(3)
+        joiner = await cluster.add()
+        topology = cluster.node(0).known_topology
+        assert topology.by_id.keys() == {"n0", "n1", "n2", "n4"}
+        assert topology.note == "done: n4 replaces n3"
+        assert placed(cluster)
+        assert joiner.migration.keys > 0
+
+
+async def test_a_node_that_lives_is_not_replaced() -> None:
+    async with Cluster(3, per_node={3: {"dht.cluster.replaces": "n2"}}) as cluster:
+        joiner = await cluster.add(wait=False)
+        await asyncio.sleep(0.5)
+        assert cluster.node(0).epoch == 1
+        assert joiner.topology is None
+
+
+async def test_a_plan_changes_nothing_and_foretells_what_moves() -> None:
+    async with Cluster(4) as cluster:
+        client = await filled(cluster)
+        before = {i: {key for key in KEYS if i in cluster.holders(key)} for i in range(4)}
+        plan = await client.plan("leave", "n3")
+        assert cluster.node(0).epoch == 1
+        assert plan["note"] == "n3 leaves"
+        await client.leave("n3")
+        await until(lambda: cluster.fatal)
+        await cluster.down(3)
+        gained = {f"n{i}": sum(i in cluster.holders(key) and key not in before[i] for key in KEYS) for i in range(3)}
+        assert plan["moves"].keys() == {name for name, keys in gained.items() if keys}
+        assert sum(move["share"] for move in plan["moves"].values()) == pytest.approx(0.75, abs=0.15)
+        for name, move in plan["moves"].items():
+            assert move["keys"] == pytest.approx(gained[name], abs=25)
+
+
+async def test_who_is_dead_for_long_is_evicted_unless_others_are_dead_too() -> None:
+    settings = {**HASTY, "dht.migration.eviction_timeout_ms": 300}
+    async with Cluster(6, settings=settings) as cluster:
+        await filled(cluster)
+        await cluster.down(5)
+        await cluster.settled()
+        await until(lambda: "n5" not in cluster.node(0).known_topology.by_id)
+        await cluster.settled()
+        assert placed(cluster)
+        epoch = cluster.node(0).epoch
+        await cluster.down(3)
+        await cluster.down(4)
+        await asyncio.sleep(1.5)
+        assert cluster.node(0).epoch == epoch
+
+
+async def test_who_may_not_leave() -> None:
+    async with Cluster(3) as cluster:
+        client = await cluster.client()
+        with pytest.raises(ChangeRefused, match="2 nodes for 3 replicas"):
+            await client.leave("n2")
+        with pytest.raises(InvalidRequest, match="no node 'n9'"):
+            await client.leave("n9")
+        assert cluster.node(0).epoch == 1
+        await client.leave("n2", force=True)
+        await until(lambda: cluster.node(0).known_topology.by_id.keys() == {"n0", "n1"})
+    async with Cluster(1, factor=1) as cluster:
+        client = await cluster.client()
+        with pytest.raises(ChangeRefused, match="the only node"):
+            await client.leave("n0", force=True)
+
+
+async def test_one_change_at_a_time_and_it_can_be_cancelled() -> None:
+    async with Cluster(4) as cluster:
+        client = await filled(cluster)
+        cluster.rule(blocked)
+        await cluster.add(wait=False)
+        await until(lambda: cluster.node(0).known_topology.in_transition)
+        with pytest.raises(ChangeRefused, match="another change is under way: n4 joins"):
+            await client.leave("n3")
+        await until(lambda: "joining" in cluster.node(4).waiting_for)
+        with pytest.raises(Unavailable, match="n4 is joining"):
+            await client.wait_healthy(0.3)
+        topology = await client.cancel_change()
+        assert [member["node_id"] for member in topology["members"]] == ["n0", "n1", "n2", "n3"]
+        await until(lambda: cluster.fatal)
+        assert isinstance(cluster.fatal[0], Removed)
+        await cluster.down(4)
+        await client.wait_healthy(5)
+
+
+async def test_a_change_is_given_up_when_the_joiner_is_dead_for_long() -> None:
+    settings = {**HASTY, "dht.migration.join_timeout_ms": 1000}
+    async with Cluster(3, settings=settings) as cluster:
+        cluster.rule(blocked)
+        await cluster.add(wait=False)
+        await until(lambda: all(node.topology and node.topology.in_transition for node in cluster.living()))
+        await cluster.down(3)
+        await cluster.settled()
+        assert "given up" in cluster.node(0).known_topology.note
+        assert "n3" not in cluster.node(0).known_topology.by_id
+
+
+async def test_no_final_epoch_before_every_node_holds_its_part() -> None:
+    """n1 takes part in the change too: while it cannot learn what others hold, a full newcomer is not enough."""
+    async with Cluster(3) as cluster:
+        await filled(cluster)
+        end = cluster.rule(lambda src, dst, m: LOST if isinstance(m, ArcListReply) and dst == "n1" else None)
+        await cluster.add(wait=False)
+        await until(lambda: cluster.node(3).topology is not None and cluster.node(3).migration.ready)
+        await asyncio.sleep(1.5)
+        assert cluster.node(0).known_topology.in_transition
+        end()
+        await cluster.settled()
+
+
+async def test_a_source_that_has_not_adopted_the_change_is_not_copied() -> None:
+    async with Cluster(3) as cluster:
+        await filled(cluster)
+        told = TopologyNews | TopologyDigest | Hello | EpochPrepare | EpochAccept
+        end = cluster.rule(lambda src, dst, m: LOST if "n2" in (src, dst) and isinstance(m, told) else None)
+        await cluster.add(wait=False)
+        await until(lambda: cluster.node(3).topology is not None)
+        await until(lambda: cluster.node(3).migration.ready)
+        assert cluster.node(2).epoch == 1
+        assert cluster.node(0).known_topology.in_transition  # n2 is to hold what the change gives it, too
+        end()
+        await cluster.settled()
+        assert placed(cluster)
+
+
+async def test_who_cannot_be_reached_where_it_says_does_not_join() -> None:
+    async with Cluster(3) as cluster:
+        node = await cluster.add(wait=False, address="nowhere:7000")
+        await asyncio.sleep(1.0)
+        assert cluster.node(0).epoch == 1
+        assert node.topology is None
+        assert "to be taken in" in node.waiting_for
+
+
+async def test_no_call_fails_while_nodes_join_and_leave() -> None:
+    async with Cluster(3) as cluster:
+        client = await filled(cluster)
+        failures: list[BaseException] = []
+        calls = 0
+        stop = False
+
+        async def load(number: int) -> None:
+            nonlocal calls
+            turn = 0
+            while not stop:
+                key = KEYS[(number * 31 + turn) % len(KEYS)]
+                turn += 1
+                value = f"{number}:{turn}".encode()
+                try:
+                    await client.put(key, value)
+                    assert await client.get(key) is not None
+                    if turn % 20 == 0:
+                        assert len(await client.scan("key:", limit=200)) == len(KEYS)
+                except (DHTError, AssertionError) as error:
+                    failures.append(error)
+                calls += 1
+                await asyncio.sleep(0)
+
+        workers = [asyncio.create_task(load(number)) for number in range(4)]
+        await cluster.add()
+        await cluster.add()
+        await client.leave("n0")
+        await until(lambda: cluster.fatal)
+        await cluster.down(0)
+        await asyncio.sleep(0.2)
+        stop = True
+        await asyncio.gather(*workers)
+        assert calls > 100
+        assert failures == []
+
+
+async def test_a_folder_that_was_let_go_is_a_stranger() -> None:
+    async with Cluster(4) as cluster:
+        client = await filled(cluster)
+        await client.leave("n3")
+        await until(lambda: cluster.fatal)
+        await cluster.down(3)
+        cluster.fatal.clear()
+        with contextlib.suppress(NotReady):
+            await cluster.up(3, wait=False)
+        await until(lambda: cluster.fatal)
+        assert isinstance(cluster.fatal[0], Removed)
+        assert "n3" not in cluster.node(0).known_topology.by_id
