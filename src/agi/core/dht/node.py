@@ -82,7 +82,7 @@ from agi.core.dht.ring import Ring
 from agi.core.dht.scan import Scanner
 from agi.core.dht.sessions import Session, cut
 from agi.core.dht.storage.base import StorageBackend
-from agi.core.dht.topology import JOINING, Member, Topology
+from agi.core.dht.topology import JOINING, LEAVING, Member, Topology
 from agi.core.dht.transport.base import Link, Listener, Traffic, Transport
 from agi.core.dht.types import (
     PROTOCOL_VERSION,
@@ -146,7 +146,7 @@ class Node:
         self.coordinator: Coordinator | None = None
         self.fatal: DHTError | None = None
         self.stopping = False
-        self._settled = False
+        self._settled = self._leaving = False
         self.seed = seed
         self._data = data
         self._data_listen = data_listen
@@ -355,8 +355,9 @@ class Node:
     @property
     def serving(self) -> bool:
         """Whether requests are taken: from the first moment at which quorums are connected, or SETTLE_S after forming,
-        when what needs no quorum works and the rest fails by itself, until the node stops."""
-        return self._settled and not self.stopping
+        when what needs no quorum works and the rest fails by itself, until the node stops or leaves: then clients go
+        elsewhere, and what is under way ends before the others close their links."""
+        return self._settled and not self.stopping and not self._leaving
 
     @property
     def epoch(self) -> int:
@@ -392,8 +393,8 @@ class Node:
         """Why the node is not ready; empty once it is."""
         if self.fatal is not None:
             return str(self.fatal)
-        if self.stopping:
-            return "stopping"
+        if self.stopping or self._leaving:
+            return "stopping" if self.stopping else "leaving the cluster"
         if self.topology is None:
             return self._bootstrap.reason if self._bootstrap is not None else "starting"
         if self.config.replication.factor > 1:
@@ -468,6 +469,7 @@ class Node:
         self.detector.start(topology, self.identity.boot)
         self.epochs.start(topology)
         self.changes.start()
+        self._leaving = topology.by_id[self.node_id].state == LEAVING
         self._link_to_members(topology)
         self.formed.set()
         self._look_for_quorums()
@@ -497,6 +499,7 @@ class Node:
         self.detector.set_members(topology)
         self.epochs.let_go(topology)
         self._link_to_members(topology)
+        self._leaving = topology.by_id[self.node_id].state == LEAVING
         self._replica_requests.resume()
 
     def _look_for_quorums(self) -> None:
