@@ -6,16 +6,15 @@ import asyncio
 import random
 from collections.abc import Callable
 
-import msgspec
 import structlog
 
-from agi.core.dht.errors import ClusterError, DHTError, ProtocolMismatch
+from agi.core.dht.errors import ClusterError, DHTError
 from agi.core.dht.identity import Ledger
 from agi.core.dht.protocol.bootstrap import Bootstrap, StoreTopology, StoreVote
 from agi.core.dht.protocol.messages import Hello
 from agi.core.dht.topology import Topology
-from agi.core.dht.transport.base import Link, Transport
-from agi.core.dht.transport.handshake import greet
+from agi.core.dht.transport.base import Transport
+from agi.core.dht.transport.handshake import Nobody, greet
 
 _log = structlog.get_logger("agi.core.dht.bootstrap")
 
@@ -23,16 +22,6 @@ ASK_INTERVAL_S = 0.1
 ASK_INTERVAL_MAX_S = 1.0
 LOG_INTERVAL_S = 10.0
 """The reason for waiting is logged when it changes, and again after so long."""
-
-
-class _Asking:
-    """Nothing but the Hello is expected on these links."""
-
-    def message(self, link: Link, message: msgspec.Struct) -> None:
-        raise ProtocolMismatch("nothing was asked on this link")
-
-    def link_closed(self, link: Link, error: DHTError | None) -> None:
-        return None
 
 
 class Bootstrapper:
@@ -96,7 +85,7 @@ class Bootstrapper:
 
     async def _ask(self, address: str) -> Hello | DHTError:
         try:
-            link, hello = await greet(self._transport, address, self._hello(), _Asking())
+            link, hello = await greet(self._transport, address, self._hello(), Nobody())
         except DHTError as error:
             return error
         link.close()

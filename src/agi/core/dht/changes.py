@@ -22,15 +22,13 @@ from agi.core.dht.errors import (
     DHTError,
     HelloRefused,
     InvalidRequest,
-    ProtocolMismatch,
 )
 from agi.core.dht.joint import JointRing, JointSet, majority
 from agi.core.dht.protocol.messages import ChangeState, ChangeStateReply, Hello
 from agi.core.dht.protocol.versioning import node_hash
 from agi.core.dht.ring import TOKENS, check_node_hashes
 from agi.core.dht.topology import JOINING, LEAVING, NORMAL, Member, Topology
-from agi.core.dht.transport.base import Link
-from agi.core.dht.transport.handshake import greet
+from agi.core.dht.transport.handshake import Nobody, greet
 from agi.core.dht.treekeeper import Own
 from agi.core.dht.types import MemberStatus
 
@@ -106,7 +104,7 @@ class Changes:
 
     async def _reach(self, member: Member) -> None:
         """Its advertised address leads to it, not only it to us. Raises what tells why not."""
-        link, theirs = await greet(self._node.seed, member.address, self._node.hello(), _Nobody())
+        link, theirs = await greet(self._node.seed, member.address, self._node.hello(), Nobody())
         link.close()
         if (theirs.name, theirs.disk_id) != (member.node_id, member.disk_id):
             raise HelloRefused(f"at {member.address}, which {member.node_id} advertises, {theirs.name} answers")
@@ -312,13 +310,3 @@ class Changes:
 
 def _leaving(base: Topology, name: str) -> list[Member]:
     return [msgspec.structs.replace(m, state=LEAVING) if m.node_id == name else m for m in base.members]
-
-
-class _Nobody:
-    """For a link that ends after the Hello."""
-
-    def message(self, link: Link, message: msgspec.Struct) -> None:
-        raise ProtocolMismatch("nothing was asked on this link")
-
-    def link_closed(self, link: Link, error: DHTError | None) -> None:
-        return None

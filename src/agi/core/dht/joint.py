@@ -84,11 +84,6 @@ class JointRing:
         """The first `count` nodes of a key's preference list before the change."""
         return self.before.preference(key, count)
 
-    def partition(self, key: bytes) -> Partition:
-        """The arc that a key lies in."""
-        index = bisect_left(self._ends, self.token(key)) % len(self._ends)
-        return Partition((self._ends[index - 1] + 1) % TOKENS, self._ends[index], self._sets[index])
-
     def partitions(self) -> Iterator[Partition]:
         """Every arc once, in token order; together they cover each token exactly once. The first one wraps past 0."""
         for index, last in enumerate(self._ends):

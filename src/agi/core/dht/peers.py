@@ -21,7 +21,7 @@ from agi.core.dht.protocol.latency import Quantile
 from agi.core.dht.protocol.messages import Hello
 from agi.core.dht.topology import Member
 from agi.core.dht.transport.base import Link, Transport
-from agi.core.dht.transport.handshake import greet
+from agi.core.dht.transport.handshake import Nobody, greet
 from agi.core.dht.types import BULK_VALUE_BYTES
 
 _log = structlog.get_logger("agi.core.dht.peers")
@@ -207,7 +207,7 @@ class Peers:
 
     async def _connect(self, peer: Peer) -> None:
         handler = _PeerHandler(self, peer)
-        nobody = _Nobody()
+        nobody = Nobody()
         link, hello = await greet(self._seed, peer.address, self._hello(), nobody)
         link.close()
         self._identify(peer, hello)
@@ -272,13 +272,3 @@ class _PeerHandler:
 
     def link_closed(self, link: Link, error: DHTError | None) -> None:
         self._peers._link_lost(self._peer, link, error)
-
-
-class _Nobody:
-    """For links that end after the Hello."""
-
-    def message(self, link: Link, message: msgspec.Struct) -> None:
-        raise ProtocolMismatch("nothing was asked on this link")
-
-    def link_closed(self, link: Link, error: DHTError | None) -> None:
-        return None

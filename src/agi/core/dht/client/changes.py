@@ -31,9 +31,7 @@ async def order_change(
     raise last
 
 
-async def wait_change(
-    topology_of: Callable[[], Any], epoch: int, timeout: float, on_progress: Callable[[str], object] | None = None
-) -> dict[str, Any]:
+async def wait_change(topology_of: Callable[[], Any], epoch: int, timeout: float) -> dict[str, Any]:
     """The topology once the change that this epoch began is over, done or undone. Raises Unavailable."""
     try:
         async with asyncio.timeout(timeout):
@@ -46,8 +44,6 @@ async def wait_change(
                 under_way = any(member["state"] != "normal" for member in topology["members"])
                 if topology["epoch"] > epoch and not under_way:
                     return topology
-                if on_progress is not None:
-                    on_progress(topology["note"])
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
         raise Unavailable(f"the change that epoch {epoch} began is not over after {timeout:g} s: it goes on") from None

@@ -69,3 +69,13 @@ async def greet(
         link.close()
         raise
     return link, theirs
+
+
+class Nobody:
+    """A LinkHandler for a link that ends after the Hello."""
+
+    def message(self, link: Link, message: msgspec.Struct) -> None:
+        raise ProtocolMismatch("nothing was asked on this link")
+
+    def link_closed(self, link: Link, error: DHTError | None) -> None:
+        return None
