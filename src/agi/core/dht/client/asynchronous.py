@@ -40,7 +40,8 @@ TIMEOUT_S_MAX = 600.0
 HOLD_KEYS = 32
 """A batch of fewer calls waits while another of its kind is under way."""
 HOLD_S = 0.001
-"""But never longer, whatever happens to the other."""
+"""But never longer, nor longer than half the time that small writes take: beside a disk a fuller frame is worth the
+wait, beside memory it is not."""
 
 
 class DHTClient:
@@ -540,7 +541,7 @@ class DHTClient:
         assert session is not None
         gets, puts, others = self._gets, self._puts, self._others
         if gets is not None:
-            if session.reading and len(gets.keys) < HOLD_KEYS and not release:
+            if session.direct.pending and len(gets.keys) < HOLD_KEYS and not release:
                 self._hold()
             else:
                 self._gets = None
@@ -559,7 +560,8 @@ class DHTClient:
 
     def _hold(self) -> None:
         if self._held is None:
-            self._held = self._loop.call_later(HOLD_S, self._release)
+            assert self._session is not None
+            self._held = self._loop.call_later(min(HOLD_S, self._session.write_s.value / 2), self._release)
 
     def _release(self) -> None:
         self._held = None

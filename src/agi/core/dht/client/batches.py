@@ -82,7 +82,8 @@ class Gathered:
 
 
 class Batch:
-    """One request. `node` and `run_id` name the process that has it, `id` is the correlation id it was sent under."""
+    """One request. `node` and `run_id` name the process that has it, `id` is the correlation id it was sent under,
+    `sent` when."""
 
     __slots__ = (
         "attempts",
@@ -95,6 +96,7 @@ class Batch:
         "node",
         "places",
         "run_id",
+        "sent",
         "sink",
         "ttl_ms",
         "values",
@@ -114,6 +116,7 @@ class Batch:
         self.id = 0
         self.node = ""
         self.run_id = ""
+        self.sent = 0.0
 
     def message(self, timeout_ms: int, retry: bool) -> Get | Put | Delete:
         if self.kind is Kind.GET:

@@ -35,6 +35,7 @@ from agi.core.dht.errors import (
     Unavailable,
     from_wire,
 )
+from agi.core.dht.protocol.latency import Quantile
 from agi.core.dht.protocol.messages import (
     DeleteReply,
     GetReply,
@@ -95,6 +96,9 @@ class Session:
         on_settled: told when a batch has been answered.
         on_members: told what each topology answer says of the members.
         retry_unknown: repeat plain writes whose outcome is unknown at other nodes too.
+
+    Attributes:
+        write_s: what half of the small writes take at most, of late.
     """
 
     def __init__(
@@ -122,7 +126,8 @@ class Session:
         self._retry_count = retry_count or 0
         self._retry_unknown = retry_unknown
         self._unix = unix
-        self._on_settled = on_settled
+        self.settled = on_settled
+        self.write_s = Quantile(0.5, start_s=0.002, floor_s=1e-5)
         self._on_members = on_members
         self._loop = asyncio.get_running_loop()
         self._ids = 0
@@ -372,16 +377,8 @@ class Session:
     # --- batches
 
     @property
-    def reading(self) -> bool:
-        return self.direct.pending > 0
-
-    @property
     def writing(self) -> bool:
         return bool(self._batches)
-
-    def settled(self) -> None:
-        """A direct read was answered."""
-        self._on_settled()
 
     def submit(self, batch: Batch) -> None:
         """Sends a batch to a node that holds its keys; the result goes to its sink by its deadline."""
@@ -449,7 +446,8 @@ class Session:
             self._ids += 1
             batch.id = self._ids
         batch.node, batch.run_id = remote.node_id, remote.run_id
-        left_ms = (batch.deadline - self.clock.monotonic()) * 1000
+        batch.sent = self.clock.monotonic()
+        left_ms = (batch.deadline - batch.sent) * 1000
         if left_ms <= 0:
             self._expire(batch)
             return
@@ -518,7 +516,9 @@ class Session:
         batch = self._batches.pop(number, None)
         if batch is None:
             return
-        self._on_settled()
+        self.settled()
+        if batch.kind is Kind.PUT and len(batch.keys) <= DIRECT_KEYS_MAX:
+            self.write_s.add(self.clock.monotonic() - batch.sent)
         if error is not None:
             self._failed(batch, from_wire(*error))
         elif errors is None:
