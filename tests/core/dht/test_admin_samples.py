@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from agi.core.dht.admin.samples import NodeSamples
 from agi.core.dht.node import Node
 from agi.core.dht.protocol.messages import ArcListReply
+from agi.core.dht.protocol.record import TOMBSTONE
 from agi.core.dht.types import MemberStatus
 
 
@@ -151,3 +152,22 @@ async def test_a_change_of_the_members_shows() -> None:
     assert [each["dht_change_under_way", ""] for each in (before, during, after)] == [0, 1, 0]
     assert during["dht_change_arcs", "lacking"] > 0 == after["dht_change_arcs", "lacking"]
     assert joined["dht_migration_keys_total", ""] > 0 < joined["dht_migration_bytes_total", ""]
+
+
+async def test_what_was_reclaimed_and_what_is_left_shows() -> None:
+    async with Cluster(3, settings={"dht.reclaim.interval_ms": 0, "dht.reclaim.lag_ms": 0}) as cluster:
+        now_ms = cluster.clocks[0].wall_ms()
+        for i in range(3):
+            cluster.plant(i, "old", b"", at_ms=now_ms - 5000, flags=TOMBSTONE)
+            cluster.plant(i, "new", b"", at_ms=now_ms + 4000, flags=TOMBSTONE)
+        before = await _scrape(cluster.node(0))
+        await cluster.node(0).reclaimer.round()
+        cluster.clocks[0].ahead_ms = 9000
+        await cluster.node(0).reclaimer.clear()
+        after = await _scrape(cluster.node(0))
+    assert ("dht_reclaim_floor_age_seconds", "") not in before
+    assert before["dht_tombstones", ""] == before["dht_reclaim_rounds_total", "done"] == 0
+    assert after["dht_reclaim_rounds_total", "done"] == after["dht_reclaimed_keys_total", ""] == 1
+    assert after["dht_tombstones", ""] == 1 and 4 < after["dht_tombstone_oldest_seconds", ""] < 9
+    assert 9 <= after["dht_reclaim_floor_age_seconds", ""] < 30
+    assert after["dht_dropped_keys_total", ""] == 0

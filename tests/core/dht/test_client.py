@@ -28,7 +28,6 @@ from agi.core.dht import (
     Unavailable,
 )
 from agi.core.dht.errors import Overloaded, from_wire
-from agi.core.dht.node import QUERIES_MAX
 from agi.core.dht.protocol.messages import (
     Delete,
     Get,
@@ -42,6 +41,7 @@ from agi.core.dht.protocol.messages import (
     ReplicaWriteReply,
 )
 from agi.core.dht.protocol.record import TOMBSTONE
+from agi.core.dht.queries import QUERIES_MAX
 from agi.core.dht.requests import ReplyTo
 from agi.core.dht.types import BATCH_BYTES_MAX, KEY_BYTES_MAX, VALUE_BYTES_MAX
 

@@ -73,12 +73,14 @@ SAMPLES: list[Message] = [
         end=1 << 63,
     ),
     messages.ArcList(id=14, epoch=2, trace="", spans=bytes(16)),
-    messages.ArcListReply(id=14, entries=bytes(24), complete=True),
+    messages.ArcListReply(id=14, entries=bytes(24), complete=True, floors=bytes(40)),
     messages.ChangeState(id=15, epoch=2),
     messages.ChangeStateReply(id=15, ready=True, arcs=3, arcs_done=2, keys=9, bytes=900),
     messages.TreeRecordsReply(id=12, missing=[0], extra=bytes(16), nodes=1, up_to=1 << 63),
     messages.TreeFetch(id=13, epoch=1, trace="", tokens=bytes(8)),
     messages.TreeFetchReply(id=13, keys=[b"k"], records=[b"r"], taken=1),
+    messages.ReclaimStep(id=16, epoch=2, step=1, version=1 << 40, absent=["n2"]),
+    messages.ReclaimReply(id=16),
 ]
 STREAM = b"".join(encode(message) for message in SAMPLES)
 
@@ -156,6 +158,8 @@ def test_wire_constants() -> None:
         "ArcListReply": 69,
         "ChangeState": 75,
         "ChangeStateReply": 76,
+        "ReclaimStep": 77,
+        "ReclaimReply": 78,
     }
     assert types.KEY_BYTES_MAX == 1024
 

@@ -105,6 +105,8 @@ TABLE: list[tuple[str, object, tuple[str, object], tuple[str, object], tuple[obj
     ("dht.migration.bytes_per_s", 67_108_864, ("1024", 1024), ("5000", 5000), (1 << 34, 1 << 34)),
     ("dht.migration.join_timeout_ms", 300_000, ("1000", 1000), ("2000", 2000), (86_400_000, 86_400_000)),
     ("dht.migration.eviction_timeout_ms", 3_600_000, ("0", 0), ("1", 1), (2_592_000_000, 2_592_000_000)),
+    ("dht.reclaim.interval_ms", 600_000, ("0", 0), ("500", 500), (86_400_000, 86_400_000)),
+    ("dht.reclaim.lag_ms", 60_000, ("0", 0), ("500", 500), (86_400_000, 86_400_000)),
     ("dht.expiry.sweep_interval_ms", 1000, ("10", 10), ("11", 11), (3600000, 3600000)),
     ("dht.expiry.sweep_step", 1000, ("1", 1), ("2", 2), (100000, 100000)),
     ("dht.observability.log_level", "info", ("debug", "debug"), ("WARNING", "warning"), ("error", "error")),

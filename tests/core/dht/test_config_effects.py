@@ -61,7 +61,7 @@ from agi.core.dht.protocol.messages import (
     ReplicaWriteReply,
     ViewDigest,
 )
-from agi.core.dht.protocol.record import EXPIRES, FLAGS, SHRUNK, pack
+from agi.core.dht.protocol.record import EXPIRES, FLAGS, SHRUNK, TOMBSTONE, pack
 from agi.core.dht.reads import HEDGE_CREDIT_MAX
 from agi.core.dht.replica import Replica
 from agi.core.dht.requests import ReplyTo
@@ -1039,6 +1039,39 @@ async def test_trees_are_built_at_that_pace_after_a_start() -> None:
             await knows_its_trees(cluster)
             seconds.append(time.monotonic() - began)
     assert max(0.7, seconds[1]) < seconds[0]  # 100 keys, less what may run ahead
+
+
+# --- reclaim
+
+
+async def reclaims(settings: dict[str, object], deleted_ms: int) -> bool:
+    """Whether a tombstone of so long ago goes within a moment."""
+    async with Cluster(1, factor=1, settings=settings) as cluster:
+        at_ms = cluster.clocks[0].wall_ms() - deleted_ms
+        cluster.plant(0, "k", b"", at_ms=at_ms, flags=TOMBSTONE)
+        await knows_its_trees(cluster)
+        try:
+            async with asyncio.timeout(0.5):
+                while cluster.held("k")[0] is not None:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            return False
+        return True
+
+
+@effect_of("reclaim.interval_ms")
+async def test_rounds_come_at_that_interval_or_not_at_all() -> None:
+    lag = {"dht.reclaim.lag_ms": 0}
+    assert await reclaims({**lag, "dht.reclaim.interval_ms": 20}, 1000)
+    assert not await reclaims({**lag, "dht.reclaim.interval_ms": 0}, 1000)
+    assert not await reclaims({**lag, "dht.reclaim.interval_ms": 3_600_000}, 1000)
+
+
+@effect_of("reclaim.lag_ms")
+async def test_only_what_was_deleted_before_the_lag_goes() -> None:
+    settings: dict[str, object] = {"dht.reclaim.interval_ms": 20, "dht.reclaim.lag_ms": 60_000}
+    assert await reclaims(settings, 61_000)
+    assert not await reclaims(settings, 30_000)
 
 
 # --- expiry

@@ -21,7 +21,7 @@ from agi.core.dht.identity import Ledger
 from agi.core.dht.node import Node
 from agi.core.dht.protocol.hints import Hint
 from agi.core.dht.protocol.messages import (
-    REPAIR,
+    HINT,
     Delete,
     Message,
     Put,
@@ -163,7 +163,7 @@ async def test_a_node_that_was_down_gets_everything_without_any_read() -> None:
         for key in [*keys, "never there"]:
             held = cluster.held(key)
             assert held[0] is not None and held == [held[0]] * 3, key
-        assert reads == [] and {dst for dst, _ in writes} == {"n2"} and {m.mode for _, m in writes} == {REPAIR}
+        assert reads == [] and {dst for dst, _ in writes} == {"n2"} and {m.mode for _, m in writes} == {HINT}
         (tombstone, expiring) = cluster.stores[2].read([b"gone3", b"ttl3"])
         assert tombstone is not None and tombstone[FLAGS] & TOMBSTONE
         assert expiring is not None and expires_ms_of(expiring) > cluster.clocks[0].wall_ms()

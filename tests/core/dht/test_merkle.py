@@ -466,3 +466,20 @@ def test_any_interleaving_ends_in_the_sums_of_what_is_stored(actions: list[tuple
     built.build()
     everything = range(len(trees.trees))
     assert trees.total(everything) == built.trees.total(everything)
+
+
+def test_a_key_that_is_written_all_the_time_counts_what_the_store_holds_of_it() -> None:
+    store = Store()
+    store.build()
+    key = key_of(1)
+    store.write(key, record(key, 1))
+    store.fold()
+    store.write(key, record(key, 2))
+    store.write(key, record(key, 3), now=False)
+    store.fold()
+    assert key in store.trees.pending
+    assert store.trees.total(range(len(RANGES))) == (contribution(key, store.records[key]), 1)
+    store.land()
+    store.fold()
+    assert not store.trees.pending
+    assert store.trees.total(range(len(RANGES))) == (contribution(key, record(key, 3)), 1)

@@ -232,8 +232,11 @@ class AntiEntropy:
                 _log.info("exchange_failed", peer=name, error=text, held_back=held_back)
             return None
 
-    async def exchange(self, name: str, bounds: Span = EVERYTHING, totals: Totals | None = None) -> Report:
-        """Compares with one peer, and settles what differs. One at a time. Raises DHTError kinds, TimeoutError."""
+    async def exchange(
+        self, name: str, bounds: Span = EVERYTHING, totals: Totals | None = None, young_from: int | None = None
+    ) -> Report:
+        """Compares with one peer, and settles what differs, but for what is young: of an HLC above `young_from`, or
+        just written. One at a time. Raises DHTError kinds, TimeoutError."""
         async with self._one:
             self._number += 1
             mine = Totals(exchanges=1)
@@ -248,7 +251,7 @@ class AntiEntropy:
                     trace=f"repair:{self._me}:{self._number}",
                     salt=self._rng.getrandbits(64) | 1,
                     completed=name in self._ended,
-                    young=self._young(),
+                    young=self._young() if young_from is None else young_from.__lt__,
                 )
                 report = core.report
                 self._ended.discard(name)

@@ -18,6 +18,8 @@ from agi.core.dht.protocol.messages import (
     EpochAccept,
     EpochPrepare,
     EpochReply,
+    ReclaimReply,
+    ReclaimStep,
     ReplicaRead,
     ReplicaReadReply,
     ReplicaScan,
@@ -41,8 +43,10 @@ TreeRequest = TreeRoot | TreeNodes | TreeRecords | TreeFetch
 ChangeRequest = ArcList | ChangeState
 ChangeReply = ArcListReply | ChangeStateReply
 TreeReply = TreeRootReply | TreeNodesReply | TreeRecordsReply | TreeFetchReply
-Request = ReplicaRead | ReplicaWrite | ReplicaScan | EpochPrepare | EpochAccept | TreeRequest | ChangeRequest
-Reply = ReplicaReadReply | ReplicaWriteReply | ReplicaScanReply | EpochReply | TreeReply | ChangeReply
+Request = (
+    ReplicaRead | ReplicaWrite | ReplicaScan | EpochPrepare | EpochAccept | TreeRequest | ChangeRequest | ReclaimStep
+)
+Reply = ReplicaReadReply | ReplicaWriteReply | ReplicaScanReply | EpochReply | TreeReply | ChangeReply | ReclaimReply
 
 
 class Calls:

@@ -133,6 +133,7 @@ class Epochs:
                 error = Removed(f"the cluster has let {node.node_id} go in epoch {topology.epoch}: {topology.note}")
                 node.fail(error)
                 raise error
+            await node.reclaimer.make_room(topology)
             await self._ledger.store_topology(topology)
             if topology.placement != mine.placement:
                 self._since = topology.epoch

@@ -6,7 +6,7 @@ order, a batch at a time, and a batch is forgotten only when the target has conf
 hints and is tried again later.
 
     put k -> n0, n1 stored it; n2 is down                 n0: hint (n2 on disk d, epoch 1, k)
-    n2 connects, on disk d                                n0 -> n2: ReplicaWrite REPAIR k; the answer removes the hint
+    n2 connects, on disk d                                n0 -> n2: ReplicaWrite HINT k; the answer removes the hint
     n2 connects, on disk e                                n0: the hint is dropped
 
 One batch is under way at a time over all targets, and at most `bytes_per_s` of them leave in a second: that, and how
@@ -27,7 +27,7 @@ from agi.core.dht.errors import DHTError, StorageClosed, StorageCorrupt, Storage
 from agi.core.dht.observability.logs import Throttle
 from agi.core.dht.peers import Peer, Peers
 from agi.core.dht.protocol.hints import Hint, Hints
-from agi.core.dht.protocol.messages import REPAIR, ReplicaWrite, WireError
+from agi.core.dht.protocol.messages import HINT, ReplicaWrite, WireError
 from agi.core.dht.replica import Replica
 from agi.core.dht.storage.base import StorageBackend
 from agi.core.dht.topology import Topology
@@ -275,7 +275,7 @@ class Handoff:
         """Returns when the target holds each record or a newer one."""
         keys, records = [hint.key for hint in batch], [hint.record for hint in batch]
         if node != self._me:
-            await self._calls.call(node, ReplicaWrite(0, self._epoch, f"hints:{self._me}", REPAIR, keys, records))
+            await self._calls.call(node, ReplicaWrite(0, self._epoch, f"hints:{self._me}", HINT, keys, records))
             return
         written: asyncio.Future[WireError | None] = asyncio.get_running_loop().create_future()
 
@@ -283,7 +283,7 @@ class Handoff:
             if not written.done():
                 written.set_result(error)
 
-        self._replica.write(REPAIR, keys, records, False, done)
+        self._replica.write(HINT, keys, records, False, done)
         error = await written
         if error is not None:
             raise from_wire(*error)

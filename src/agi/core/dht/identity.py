@@ -13,13 +13,15 @@ import msgspec
 
 from agi.core.dht.config import Config
 from agi.core.dht.errors import DHTError, FolderMismatch, StorageCorrupt, StorageError, StorageFull
+from agi.core.dht.protocol.floors import Floors
+from agi.core.dht.protocol.floors import unpack as unpack_floors
 from agi.core.dht.storage.base import StorageBackend
 from agi.core.dht.topology import Topology, unpack
 
 T = TypeVar("T")
 
 _IDENTITY, _TOPOLOGY, _VOTE, _BOOTS, _ADDRESSES = "identity", "topology", "vote", "boots", "addresses"
-_ACCEPTOR, _HISTORY = "acceptor", "history"
+_ACCEPTOR, _HISTORY, _FLOORS = "acceptor", "history", "floors"
 
 HISTORY_EPOCHS_MAX = 100
 """Past epochs that a node remembers, for people."""
@@ -143,6 +145,14 @@ class Ledger:
 
     async def store_vote(self, topology: Topology) -> None:
         await self._put(_VOTE, topology.packed)
+
+    async def floors(self) -> Floors:
+        raw = await self._store.get_meta(_FLOORS)
+        return Floors() if raw is None else unpack_floors(raw)
+
+    async def store_floors(self, floors: Floors) -> None:
+        """Durable before the reply that tells of it (G1)."""
+        await self._put(_FLOORS, floors.packed)
 
     async def boots(self) -> dict[str, int]:
         """The highest boot counter seen of each `node id/disk id`."""

@@ -6,6 +6,9 @@ be brought is what was acknowledged before, and each source tells of it only aft
 transition and settled every write that it took under the old epoch (`Replica.settle`). *Copied from one: v at {A,Y},
 the newcomer copied B, and v is lost. Snapshot before the epoch: the source takes another old write after it.*
 
+A source also tells up to which versions it has sealed, closed and reclaimed its arcs (protocol/floors.py). Of an arc
+that it gains, this node keeps nothing below what a source has closed that the source does not list: it was reclaimed.
+
 A source lists (token, version, writer) of its records; what the target lacks or has older is fetched. So a second
 source costs 24 bytes a record, and a repetition after a crash costs that too: nothing but "all is here" is remembered.
 """
@@ -26,6 +29,7 @@ from agi.core.dht.errors import DHTError, NotReady, Overloaded, ProtocolMismatch
 from agi.core.dht.joint import JointRing, JointSet, majority
 from agi.core.dht.peers import Peers
 from agi.core.dht.protocol.exchange import SEND_KEYS_MAX, Entry, Span
+from agi.core.dht.protocol.floors import Floors, unpack
 from agi.core.dht.protocol.messages import (
     ArcList,
     ArcListReply,
@@ -35,7 +39,9 @@ from agi.core.dht.protocol.messages import (
     TreeFetchReply,
     WireError,
 )
-from agi.core.dht.replica import Replica
+from agi.core.dht.protocol.record import hlc_of
+from agi.core.dht.reclaim import Reclaimer
+from agi.core.dht.replica import FILL, Replica
 from agi.core.dht.ring import Ring
 from agi.core.dht.sessions import Session
 from agi.core.dht.topology import Topology
@@ -63,6 +69,7 @@ class Migration:
     """
     Args:
         stale: why a message of that epoch is refused, None if it is not.
+        reclaimer: keeps the floors of this node's arcs.
         own: runs a coroutine as a task that the node owns.
         bytes_per_s: what sources send to this node, keys, records and lists.
 
@@ -79,6 +86,7 @@ class Migration:
         keeper: TreeKeeper,
         peers: Peers,
         calls: Calls,
+        reclaimer: Reclaimer,
         clock: Clock,
         rng: random.Random,
         own: Own,
@@ -96,6 +104,7 @@ class Migration:
         self._keeper = keeper
         self._peers = peers
         self._calls = calls
+        self._reclaimer = reclaimer
         self._rng = rng
         self._own = own
         self._stale = stale
@@ -138,7 +147,7 @@ class Migration:
                     if placement != self._placement:
                         return
                     try:
-                        await self._merge_from(name, spans, placement)
+                        await self._merge_from(name, spans, placement, gained=self._me not in replicas.old)
                     except (DHTError, TimeoutError) as error:
                         _log.info("arcs_not_merged", source=name, error=str(error) or "no answer in time")
                         continue
@@ -166,8 +175,10 @@ class Migration:
         if placement == self._placement:
             self._settled = placement
 
-    async def _merge_from(self, name: str, spans: list[Span], placement: str) -> None:
-        """This node holds at least what that source holds in these spans. Raises what prevents it."""
+    async def _merge_from(self, name: str, spans: list[Span], placement: str, *, gained: bool) -> None:
+        """This node holds at least what that source holds in these spans, and of those that it gains nothing that was
+        reclaimed there. Raises what prevents it."""
+        heights = Floors()
         for at in range(0, len(spans), SPANS_MAX):
             left = spans[at : at + SPANS_MAX]
             while left:
@@ -178,36 +189,67 @@ class Migration:
                 if len(reply.entries) % _ENTRY_BYTES or not (reply.entries or reply.complete):
                     raise ProtocolMismatch(f"{name} sent a broken list")
                 listed = list(_ENTRY.iter_unpack(reply.entries))
+                floors = unpack(reply.floors).within(left)
+                heights = heights.over(floors)
+                if placement != self._placement:
+                    raise NotReady("the change is over")
+                if gained:
+                    self._reclaimer.foresee(floors)
                 await self._rate.spend(len(reply.entries))
                 up_to = None if reply.complete else listed[-1][0]
-                if wanted := await self._lacking(left, listed, up_to):
+                mine = await self._mine(left, up_to)
+                if wanted := self._lacking(mine, listed):
                     await self._fetch(name, wanted, placement)
-                    if await self._lacking(left, listed, up_to):  # verified (T7)
+                    mine = await self._mine(left, up_to)
+                    if self._lacking(mine, listed):  # verified (T7)
                         raise ProtocolMismatch(f"{name} has not sent all that it listed")
+                if gained:
+                    await self._drop_reclaimed(mine, listed, floors)
                 if reply.complete:
                     break
                 last = listed[-1][0]
                 if listed[0][0] == last and len(listed) > 1:
                     last += 1  # all of one token: no page would come further
                 left = [(max(first, last), end) for first, end in left if end >= last]
+        if heights.spans:
+            await self._reclaimer.take_over(heights)
 
-    async def _lacking(self, spans: list[Span], listed: list[tuple[int, bytes]], up_to: int | None) -> list[int]:
-        """Tokens of what the source has and this node has not, or older."""
-        mine: dict[int, list[bytes]] = {}
+    async def _mine(self, spans: list[Span], up_to: int | None) -> dict[int, list[Entry]]:
+        """What this node holds in these spans, by token."""
+        mine: dict[int, list[Entry]] = {}
         left = spans if up_to is None else [(first, min(end, up_to)) for first, end in spans if first <= up_to]
         while left:
             entries, cut = await self._keeper.listing(left)
             for entry in entries:
-                mine.setdefault(entry.token, []).append(entry.header[:16])
+                mine.setdefault(entry.token, []).append(entry)
             if cut is None:
                 break
             left = [(max(first, cut + 1), end) for first, end in left if end > cut]
+        return mine
+
+    def _lacking(self, mine: dict[int, list[Entry]], listed: list[tuple[int, bytes]]) -> list[int]:
+        """Tokens of what the source has and this node has not, or older."""
         wanted: dict[int, None] = {}
         for token, version in listed:
-            held = mine.get(token, ())
+            held = [entry.header[:16] for entry in mine.get(token, ())]
             if version not in held and not (len(held) == 1 and held[0] > version):
                 wanted[token] = None
         return list(wanted)
+
+    async def _drop_reclaimed(
+        self, mine: dict[int, list[Entry]], listed: list[tuple[int, bytes]], floors: Floors
+    ) -> None:
+        """What came here late, below what the source has closed, and what it does not hold, was reclaimed there."""
+        tokens = {token for token, _ in listed}
+        late = [
+            entry
+            for token, entries in mine.items()
+            if token not in tokens
+            for entry in entries
+            if hlc_of(entry.header) <= floors.at(token).closed
+        ]
+        if late:
+            await self._replica.purge([entry.key for entry in late], [entry.header for entry in late])
 
     async def _fetch(self, name: str, tokens: list[int], placement: str) -> None:
         at = 0
@@ -222,7 +264,7 @@ class Migration:
             if reply.taken < 1 or len(reply.keys) != len(reply.records):
                 raise ProtocolMismatch(f"{name} sent no records")
             if reply.keys:
-                await self._keeper.store(reply.keys, reply.records)
+                await self._keeper.store(reply.keys, reply.records, FILL)
             size = sum(map(len, reply.keys)) + sum(map(len, reply.records))
             self.keys += len(reply.keys)
             self.bytes += size
@@ -256,8 +298,10 @@ class Migration:
         try:
             if not message.spans or len(message.spans) % _SPAN.size or len(message.spans) > SPANS_MAX * _SPAN.size:
                 raise ProtocolMismatch("a list is of 1 to 256 spans")
-            entries, cut = await self._keeper.listing(list(_SPAN.iter_unpack(message.spans)))
-            reply = ArcListReply(message.id, b"".join(map(_packed, entries)), cut is None)
+            spans = list(_SPAN.iter_unpack(message.spans))
+            floors = self._replica.floors.within(spans)  # before the list is made: later ones are not true of it
+            entries, cut = await self._keeper.listing(spans)
+            reply = ArcListReply(message.id, b"".join(map(_packed, entries)), cut is None, floors.packed)
         except DHTError as error:
             reply = ArcListReply(message.id, error=error.to_wire())
         except TimeoutError:

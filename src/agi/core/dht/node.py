@@ -31,7 +31,6 @@ from agi.core.dht.errors import (
     NotReady,
     Overloaded,
     ProtocolMismatch,
-    TransportError,
     UnknownDisk,
 )
 from agi.core.dht.gossip import MESSAGES, FailureDetector, StatusCallback
@@ -58,7 +57,6 @@ from agi.core.dht.protocol.messages import (
     Put,
     PutReply,
     Query,
-    QueryReply,
     Refused,
     ReplicaRead,
     ReplicaReadReply,
@@ -75,9 +73,10 @@ from agi.core.dht.protocol.timers import TICK_S
 from agi.core.dht.protocol.versioning import HLC, writer_id
 from agi.core.dht.queries import Queries
 from agi.core.dht.reads import TRUNCATED
+from agi.core.dht.reclaim import REQUESTS as RECLAIM_REQUESTS
+from agi.core.dht.reclaim import Reclaimer
 from agi.core.dht.replica import Replica
 from agi.core.dht.replica_requests import ReplicaRequests
-from agi.core.dht.requests import TIMEOUT_MS_MAX
 from agi.core.dht.ring import Ring
 from agi.core.dht.scan import Scanner
 from agi.core.dht.sessions import Session, cut
@@ -95,8 +94,6 @@ _log = structlog.get_logger("agi.core.dht.node")
 LINKS_MAX = 4096
 """Accepted links at one node; past it the longest waiting stranger is refused."""
 SETTLE_S = 1.0
-QUERIES_MAX = 256
-"""Questions under way at one node; past it callers get Overloaded."""
 
 
 Handler: TypeAlias = Callable[["Session", Link, Any], None]
@@ -162,7 +159,6 @@ class Node:
         self._links = 0
         self._listeners: list[Listener] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._queries = 0
         self._debug = config.observability.log_level == "debug"
         """Then every request and replica message is logged with its correlation id."""
         self._failures = Throttle()
@@ -199,7 +195,7 @@ class Node:
             bytes_per_s=config.hints.replay_bytes_per_s,
         )
         self.detector.on_status(lambda member, status: self.handoff.wake())
-        self.queries = Queries(self)
+        self.queries = Queries(self, self._own)
         self._replica_requests = ReplicaRequests(self, self._own)
         self.antientropy = AntiEntropy(
             node_id,
@@ -216,12 +212,22 @@ class Node:
             timeout_s=config.network.timeout_ms / 1000,
             max_clock_skew_ms=config.versions.max_clock_skew_ms,
         )
+        self.reclaimer = Reclaimer(
+            self,
+            self._ledger,
+            rng,
+            self._own,
+            self._replica_requests.stale,
+            interval_s=config.reclaim.interval_ms / 1000,
+            lag_s=config.reclaim.lag_ms / 1000,
+        )
         self.migration = Migration(
             node_id,
             self.replica,
             self.antientropy.keeper,
             self.peers,
             self.calls,
+            self.reclaimer,
             clock,
             rng,
             self._own,
@@ -241,7 +247,7 @@ class Node:
             Put: self._put,
             Delete: self._delete,
             Scan: self._scan,
-            Query: self._query,
+            Query: self.queries.request,
             EpochPrepare: self.epochs.vote,
             EpochAccept: self.epochs.vote,
             TopologyDigest: self.epochs.digest,
@@ -251,6 +257,7 @@ class Node:
             ReplicaScan: self._replica_requests.scan,
             **dict.fromkeys(TREE_REQUESTS, self.antientropy.request),
             **dict.fromkeys(MIGRATION_REQUESTS, self.migration.request),
+            **dict.fromkeys(RECLAIM_REQUESTS, self.reclaimer.request),
             **dict.fromkeys(MESSAGES, self.detector.request),
         }
 
@@ -264,6 +271,7 @@ class Node:
             self._identity = await self._ledger.open(self.node_id, self.config, self._rng, self.address)
             await self._boots.load()
             await self.handoff.load()
+            await self.reclaimer.load()
             topology = await self._ledger.topology()
             vote = await self._ledger.vote()
             if topology is not None:
@@ -326,7 +334,7 @@ class Node:
     def _busy(self) -> bool:
         requests = self.coordinator is not None and self.coordinator.pending > 0
         scans = self._replica_requests.scans > 0 or (self.scanner is not None and self.scanner.pending > 0)
-        return requests or scans or self._queries > 0 or self.replica.unsynced or self.handoff.busy
+        return requests or scans or self.queries.under_way > 0 or self.replica.unsynced or self.handoff.busy
 
     def _own(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine, name=name)
@@ -469,6 +477,7 @@ class Node:
         self.detector.start(topology, self.identity.boot)
         self.epochs.start(topology)
         self.changes.start()
+        self.reclaimer.start()
         self._leaving = topology.by_id[self.node_id].state == LEAVING
         self._link_to_members(topology)
         self.formed.set()
@@ -629,33 +638,6 @@ class Node:
         if self._debug:
             _log.debug("scan", trace=f"{session.name}:{request.id}", limit=request.limit)
         self.scanner.scan(request, partial(session.send, link), f"{session.name}:{request.id}")
-
-    def _query(self, session: Session, link: Link, request: Query) -> None:
-        if self._queries >= QUERIES_MAX:
-            error = Overloaded(f"{self._queries} questions are under way at {self.node_id} already")
-            link.send(QueryReply(request.id, b"", error.to_wire()))
-            return
-        self._queries += 1
-        self._own(self._answer_query(session, link, request), "query")
-
-    async def _answer_query(self, session: Session, link: Link, request: Query) -> None:
-        try:
-            reply = QueryReply(request.id, *await self._answer(request))
-        finally:
-            self._queries -= 1
-        try:
-            session.send(link, reply)
-        except (TransportError, Overloaded) as error:
-            _log.info("reply_undeliverable", peer=session.name, error=str(error))
-
-    async def _answer(self, request: Query) -> tuple[bytes, WireError | None]:
-        try:
-            async with asyncio.timeout(min(max(1, request.timeout_ms), TIMEOUT_MS_MAX) / 1000):
-                return await self.queries.answer(request.what, request.key), None
-        except DHTError as error:
-            return b"", error.to_wire()
-        except TimeoutError:
-            return b"", NotReady("no answer by the deadline").to_wire()
 
     # --- replies of peers
 

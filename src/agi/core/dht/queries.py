@@ -10,19 +10,65 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+import structlog
 
 from agi.core.dht.changes import Order
-from agi.core.dht.errors import DHTError, InvalidRequest, NotReady, from_wire
-from agi.core.dht.protocol.messages import Hello, ReplicaRead, ReplicaReadReply, WireError
+from agi.core.dht.errors import DHTError, InvalidRequest, NotReady, Overloaded, TransportError, from_wire
+from agi.core.dht.protocol.messages import Hello, Query, QueryReply, ReplicaRead, ReplicaReadReply, WireError
 from agi.core.dht.protocol.record import FLAGS, TOMBSTONE, expires_ms_of, hlc_of, is_live
+from agi.core.dht.requests import TIMEOUT_MS_MAX
+from agi.core.dht.sessions import Session
+from agi.core.dht.transport.base import Link
+from agi.core.dht.treekeeper import Own
 
 if TYPE_CHECKING:
     from agi.core.dht.node import Node
 
 
+_log = structlog.get_logger("agi.core.dht.queries")
+
+QUERIES_MAX = 256
+"""Questions under way at one node; past it callers get Overloaded."""
+
+
 class Queries:
-    def __init__(self, node: Node) -> None:
+    """
+    Args:
+        own: runs a coroutine as a task that the node owns.
+    """
+
+    def __init__(self, node: Node, own: Own) -> None:
         self._node = node
+        self._own = own
+        self.under_way = 0
+
+    def request(self, session: Session, link: Link, request: Query) -> None:
+        """A client or a peer asks."""
+        if self.under_way >= QUERIES_MAX:
+            error = Overloaded(f"{self.under_way} questions are under way at {self._node.node_id} already")
+            link.send(QueryReply(request.id, b"", error.to_wire()))
+            return
+        self.under_way += 1
+        self._own(self._reply(session, link, request), "query")
+
+    async def _reply(self, session: Session, link: Link, request: Query) -> None:
+        try:
+            reply = QueryReply(request.id, *await self._try_answer(request))
+        finally:
+            self.under_way -= 1
+        try:
+            session.send(link, reply)
+        except (TransportError, Overloaded) as error:
+            _log.info("reply_undeliverable", peer=session.name, error=str(error))
+
+    async def _try_answer(self, request: Query) -> tuple[bytes, WireError | None]:
+        try:
+            async with asyncio.timeout(min(max(1, request.timeout_ms), TIMEOUT_MS_MAX) / 1000):
+                return await self.answer(request.what, request.key), None
+        except DHTError as error:
+            return b"", error.to_wire()
+        except TimeoutError:
+            return b"", NotReady("no answer by the deadline").to_wire()
 
     async def answer(self, what: str, key: bytes) -> bytes:
         """The MessagePack map of an answer. Raises InvalidRequest for an unknown question."""
@@ -109,6 +155,7 @@ class Queries:
             "storage": node.store.name,
             "hints": {target.node: target.hints for target in node.handoff.hints.pending()},
             "repair": node.antientropy.state(),
+            "reclaim": node.reclaimer.state() if node.topology is not None else {},
             "change": {
                 "note": node.topology.note if node.topology is not None and node.topology.in_transition else "",
                 "ready": node.migration.ready,

@@ -23,8 +23,9 @@ from agi.core.dht.errors import ClockSkew, DHTError, Overloaded, StorageError, S
 from agi.core.dht.observability.logs import Throttle
 from agi.core.dht.observability.metrics import Metrics
 from agi.core.dht.protocol.commit import Commit, Effect, Fail, GroupCommit, Release
-from agi.core.dht.protocol.messages import FRESH, WireError
-from agi.core.dht.protocol.record import EXPIRES, FLAGS, expires_ms_of, hlc_of, is_live, shrink
+from agi.core.dht.protocol.floors import Floors
+from agi.core.dht.protocol.messages import FRESH, REPAIR, WireError
+from agi.core.dht.protocol.record import EXPIRES, FLAGS, HEADER, expires_ms_of, hlc_of, is_live, shrink
 from agi.core.dht.protocol.versioning import HLC, physical_ms
 from agi.core.dht.storage.base import Batch, Page, StorageBackend
 
@@ -35,6 +36,9 @@ REMOTE_QUEUE_MAX = 4096
 REMOTE_READS_MAX = 256
 """Read batches under way at a store in another process."""
 STORE_TIMEOUT_S = 10.0
+SWEEP, PURGE, FILL = -1, -2, -3
+"""Modes of writes beside those of messages: expired records shrink; records of these headers go; what a change of the
+members brings here is stored however old it is."""
 
 Superseded: TypeAlias = list[tuple[int, int]] | None
 ReadDone: TypeAlias = Callable[[list[bytes | None], WireError | None], None]
@@ -71,6 +75,9 @@ class Replica:
         self.on_change: Changed | None = None
         """Told of keys whose records are about to change, of the headers that they had, and which had none."""
         self._applying: Collection[bytes] = ()
+        self.floors = Floors()
+        """What fresh writes, hints and repairs of old versions are judged by (G1)."""
+        self.token_of: Callable[[bytes], int] = _no_token
         self.on_store_failed: Callable[[DHTError], None] = lambda error: None
         """Told once when the store can no longer be written (a failed sync)."""
 
@@ -271,8 +278,12 @@ class Replica:
             self._refuse_skew(records, headers, now_ms)
         self._hlc.observe(newest)
         live = [i for i, header in enumerate(headers) if is_live(header, now_ms)] if want_live else None
+        superseded: list[tuple[int, int]] = []
+        skip: Collection[int] = ()
+        if min(records) < self.floors.mark and mode >= 0:
+            skip = self._below_floors(mode, keys, records, headers, superseded)
         merged = dict(zip(keys, records, strict=True))
-        if len(merged) == len(keys):
+        if len(merged) == len(keys) and not skip:
             if None not in headers:
                 if all(map(gt, records, headers)):  # type: ignore[arg-type]  # no None among them
                     return merged, [], None, live
@@ -280,8 +291,9 @@ class Replica:
                 return merged, keys, None, live
         merged = {}
         inserts: list[bytes] = []
-        superseded: list[tuple[int, int]] = []
         for index, (key, record, header) in enumerate(zip(keys, records, headers, strict=True)):
+            if index in skip:
+                continue
             known = merged.get(key, header)
             if known is None:
                 inserts.append(key)
@@ -293,6 +305,31 @@ class Replica:
             merged[key] = record
         self._metrics.replica_superseded += len(superseded)
         return merged, inserts, superseded or None, live
+
+    def _below_floors(
+        self,
+        mode: int,
+        keys: list[bytes],
+        records: list[bytes],
+        headers: Sequence[bytes | None],
+        superseded: list[tuple[int, int]],
+    ) -> set[int]:
+        """Which of the records come too late for their arcs' floors (protocol/floors.py)."""
+        late = set()
+        mark = self.floors.mark
+        for index, (key, record, header) in enumerate(zip(keys, records, headers, strict=True)):
+            if record >= mark:
+                continue
+            height, hlc = self.floors.at(self.token_of(key)), hlc_of(record)
+            if mode == REPAIR:
+                if hlc <= height.closed and header is None:
+                    late.add(index)  # it was reclaimed: all replicas held it, or a newer one, when they closed
+            elif hlc <= height.sealed:
+                if mode == FRESH and (header is None or header[:32] != record[:32]):
+                    superseded.append((index, max(height.sealed, 0 if header is None else hlc_of(header))))
+                late.add(index)
+        self._metrics.replica_below_floor += len(late)
+        return late
 
     def _refuse_skew(self, records: Iterable[bytes], headers: Iterable[bytes | None], now_ms: int) -> None:
         limit = self._hlc.limit(now_ms, self._skew_ms)
@@ -374,13 +411,39 @@ class Replica:
             if not swept.done():
                 swept.set_result(error)
 
-        self.write(-1, keys, records, False, done)
+        self.write(SWEEP, keys, records, False, done)
         async with asyncio.timeout(STORE_TIMEOUT_S):
             error = await swept
         if error is not None:
             raise StorageError(error[1])
         self._metrics.expired_shrunk += len(keys)
         return len(keys)
+
+    # --- purging (G1)
+
+    async def purge(self, keys: list[bytes], records: list[bytes], allowed: Callable[[], bool] = lambda: True) -> int:
+        """Removes these records altogether, but for those that have changed or are about to; returns how many. Nothing
+        if it is not `allowed` at that moment. Raises StorageError kinds, TimeoutError."""
+        if self.store.local:
+            headers = self.headers(keys)
+            assert headers is not None
+            purges = _unchanged(keys, records, headers, self.unsettled()) if allowed() else {}
+            if purges:
+                if self.on_change is not None:
+                    self.on_change(list(purges), list(purges.values()), [])
+                self.store.write(Batch(purges=list(purges)))
+            return len(purges)
+        purged: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def done(count: Superseded, live: list[int] | None, error: WireError | None) -> None:
+            if not purged.done():
+                purged.set_result(len(live or ())) if error is None else purged.set_exception(from_wire(*error))
+
+        if not allowed():
+            return 0
+        self._enqueue(PURGE, keys, records, False, done, None)
+        async with asyncio.timeout(STORE_TIMEOUT_S):
+            return await purged
 
     # --- a store in another process
 
@@ -436,6 +499,17 @@ class Replica:
         self._queue.append((mode, keys, records, want_live, done, held))
         self._queued.set()
 
+    async def _purge_remote(
+        self, keys: list[bytes], records: list[bytes], headers: Sequence[bytes | None]
+    ) -> list[int]:
+        purges = _unchanged(keys, records, headers, ())
+        if purges:
+            if self.on_change is not None:
+                self.on_change(list(purges), list(purges.values()), [])
+            self._applying = keys
+            await self.store.apply(Batch(purges=list(purges)))
+        return list(range(len(purges)))
+
     async def _remote_writer(self) -> None:
         while True:
             await self._queued.wait()
@@ -448,7 +522,9 @@ class Replica:
                 try:
                     async with asyncio.timeout(STORE_TIMEOUT_S):
                         headers = await self.store.get_many(keys)
-                        if held is None:
+                        if mode == PURGE:
+                            live = await self._purge_remote(keys, records, headers)
+                        elif held is None:
                             merged, inserts, superseded, live = self._merge(mode, keys, records, headers, want_live)
                             if merged:
                                 if self.on_change is not None:
@@ -467,6 +543,21 @@ class Replica:
                     done(None, None, failure)
                 else:
                     done(superseded, live, None)
+
+
+def _no_token(key: bytes) -> int:
+    raise AssertionError("the node has not formed")
+
+
+def _unchanged(
+    keys: list[bytes], records: list[bytes], headers: Sequence[bytes | None], unsettled: Collection[bytes]
+) -> dict[bytes, bytes]:
+    """Those of the keys that still hold these records, with their headers."""
+    return {
+        key: header
+        for key, record, header in zip(keys, records, headers, strict=True)
+        if header is not None and header[:HEADER] == record[:HEADER] and key not in unsettled
+    }
 
 
 def _written(done: WriteDone, superseded: Superseded, live: list[int] | None) -> Parked:

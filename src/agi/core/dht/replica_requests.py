@@ -20,6 +20,9 @@ from agi.core.dht.errors import (
 )
 from agi.core.dht.observability.logs import Throttle
 from agi.core.dht.protocol.messages import (
+    FRESH,
+    HINT,
+    REPAIR,
     ReplicaRead,
     ReplicaReadReply,
     ReplicaScan,
@@ -125,6 +128,8 @@ class ReplicaRequests:
             raise ProtocolMismatch("a client does not write to replicas")
         if stale is None and (not request.keys or len(request.keys) != len(request.records)):
             raise ProtocolMismatch("a replica write has as many records as keys, and at least one")
+        if request.mode not in (FRESH, REPAIR, HINT):
+            raise ProtocolMismatch(f"a replica write of mode {request.mode}")
         if stale is not None and self._ahead(self.write, session, link, request):
             return
         if stale is not None:

@@ -8,7 +8,7 @@ turn every few keys, and pages shrink where records are large.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -91,6 +91,7 @@ class TreeKeeper:
         self._trees = HashTrees(self._token_of)
         self._trees.wake = self._work.set
         self._replica.on_change = self._trees.changed
+        self._replica.token_of = lambda key: int.from_bytes(self._token_of(key), "big")
         self.adopt(ring)
         self._own(self._keep(), "hash trees")
 
@@ -195,6 +196,16 @@ class TreeKeeper:
             trees.finish(positions)
             self.built += len(positions)
 
+    async def walk(self, span: Span) -> AsyncIterator[list[tuple[bytes, bytes]]]:
+        """The records of a span in token order, a page at a time, no faster than trees are built."""
+        page, after = Page([], False), None
+        while not page.complete:
+            page = await self._page(span, after)
+            if page.items:
+                after = page.items[-1][0]
+                yield page.items
+                await self._scans.spend(len(page.items))
+
     async def _page(self, span: Span, after: bytes | None) -> Page:
         """Records of a span in token order, behind this key."""
         async with asyncio.timeout(STORE_TIMEOUT_S):
@@ -235,7 +246,7 @@ class TreeKeeper:
         """What lies in these spans, at most RECORDS_MAX records; and the last token looked at if that is not all."""
         token_of = self._token_of
         found: list[Entry] = []
-        for number, span in enumerate(_joined(spans)):
+        for number, span in enumerate(joined(spans)):
             if number % SPANS_A_TURN == SPANS_A_TURN - 1:
                 await asyncio.sleep(0)
             page, after = Page([], False), None
@@ -274,7 +285,7 @@ class TreeKeeper:
         async with asyncio.timeout(STORE_TIMEOUT_S):
             return await found
 
-    async def store(self, keys: list[bytes], records: list[bytes]) -> None:
+    async def store(self, keys: list[bytes], records: list[bytes], mode: int = REPAIR) -> None:
         """Merges what a peer had."""
         stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -282,7 +293,7 @@ class TreeKeeper:
             if not stored.done():
                 stored.set_result(None) if error is None else stored.set_exception(from_wire(*error))
 
-        self._replica.write(REPAIR, keys, records, False, written)
+        self._replica.write(mode, keys, records, False, written)
         async with asyncio.timeout(STORE_TIMEOUT_S):
             await stored
 
@@ -296,8 +307,10 @@ def _cut(part: Partition) -> Iterator[Span]:
             first = end + 1
 
 
-def _joined(spans: Sequence[Span]) -> Iterator[Span]:
+def joined(spans: Sequence[Span]) -> Iterator[Span]:
     """The same tokens in fewer spans."""
+    if not spans:
+        return
     start, end = spans[0]
     for (_, before), (first, last) in pairwise(spans):
         if first != before + 1:

@@ -31,6 +31,7 @@ class NodeSamples:
         yield from self._hints()
         yield from self._repair()
         yield from self._migration()
+        yield from self._reclaim()
         yield from self._wires()
         yield from self._cluster()
         yield from self._health()
@@ -75,6 +76,11 @@ class NodeSamples:
         )
         yield _counter("dht_replica_errors", "Failed requests to replicas.", metrics.replica_errors)
         yield _counter("dht_replica_superseded", "Writes refused for a newer version.", metrics.replica_superseded)
+        yield _counter(
+            "dht_replica_below_floor",
+            "Writes, hints and repairs that came too late: what they bring was reclaimed or may be.",
+            metrics.replica_below_floor,
+        )
         yield _counter("dht_expired_shrunk", "Expired records shrunk to tombstones.", metrics.expired_shrunk)
         yield _histograms("dht_group_commit_records", "Records of one group commit.", "", {"": metrics.group_commits})
         yield _histograms("dht_sync_duration_seconds", "Time of one sync of the log.", "", {"": metrics.sync_latency})
@@ -107,6 +113,18 @@ class NodeSamples:
         yield _gauges("dht_change_arcs", "Arcs that the change under way gives this node.", "state", arcs)
         yield _counter("dht_migration_keys", "Records brought to this node by changes of the members.", migration.keys)
         yield _counter("dht_migration_bytes", "Keys and records brought to this node so.", migration.bytes)
+
+    def _reclaim(self) -> Iterator[Metric]:
+        reclaimer = self._node.reclaimer
+        rounds = {"done": reclaimer.rounds, "failed": reclaimer.failed}
+        yield _counters("dht_reclaim_rounds", "Rounds that this node led.", "outcome", rounds)
+        yield _counter("dht_reclaimed_keys", "Tombstones and expired records taken away.", reclaimer.reclaimed)
+        yield _counter("dht_dropped_keys", "Records of arcs that went to other nodes, dropped.", reclaimer.dropped)
+        yield _gauge("dht_tombstones", "Dead records that the last look at the store left.", float(reclaimer.dead))
+        age_s = reclaimer.oldest_dead_s
+        yield _gauge("dht_tombstone_oldest_seconds", "Age of the oldest of them; 0 without any.", age_s)
+        if self._node.topology is not None and (floor_s := reclaimer.floor_age_s) is not None:
+            yield _gauge("dht_reclaim_floor_age_seconds", "How old what is not yet reclaimed may be.", floor_s)
 
     def _repair(self) -> Iterator[Metric]:
         repair = self._node.antientropy

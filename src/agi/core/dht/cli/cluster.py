@@ -31,11 +31,12 @@ def status(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json:
     are ready; 13: some are not, or do not answer; 23: nobody answers. A number of keys after ~ is an estimate;
     tombstones count. Hints are records that a node keeps for others that missed them; without any, and with all nodes
     connected, nobody waits for any. Repaired: how long ago the node had been compared with each that shares replicas
-    with it.
+    with it. Tombstones: what was deleted or has expired, as the node last counted, and is not reclaimed yet.
 
     --json prints {"ready", "cluster", "epoch", "nodes": [{"node_id", "address", "reachable", "error", and if reachable
     "ready", "waiting_for", "storage", "keys", "keys_exact", "bytes", "epoch", "boot", "hints": {node id: records kept
-    for it}, "repair": {"last_round_s", "unknown_ranges", "pending_keys"}, "peers": {node id: {"connected", "status",
+    for it}, "repair": {"last_round_s", "unknown_ranges", "pending_keys"}, "reclaim":
+    {"floor_age_s", "tombstones", "oldest_tombstone_s", "reclaimed"}, "peers": {node id: {"connected", "status",
     "error"}}}]}; a peer's status is ALIVE, SUSPECT, DEAD or LEFT.
 
     Examples:
@@ -69,7 +70,7 @@ def status(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json:
         output.document({**summary, "nodes": nodes})
     else:
         first = ("node", "address", "state", "storage", "keys", "bytes", "epoch", "boot")
-        output.table((*first, "hints", "repaired", "peers"), [_status_row(node) for node in nodes])
+        output.table((*first, "hints", "repaired", "tombstones", "peers"), [_status_row(node) for node in nodes])
         for node in nodes:
             for trouble in _troubles(node):
                 output.line(output.printable(trouble, keep_backslash=True))
@@ -80,7 +81,7 @@ def status(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json:
 def _status_row(node: dict[str, Any]) -> tuple[str, ...]:
     name = node["node_id"] or "?"
     if not node["reachable"]:
-        return name, node["address"], "unreachable", "", "", "", "", "", "", "", ""
+        return name, node["address"], "unreachable", "", "", "", "", "", "", "", "", ""
     peers = node["peers"]
     return (
         name,
@@ -93,6 +94,7 @@ def _status_row(node: dict[str, Any]) -> tuple[str, ...]:
         str(node["boot"]),
         str(sum(node.get("hints", {}).values())),
         _repaired(node.get("repair", {}).get("last_round_s")),
+        str(node.get("reclaim", {}).get("tombstones", "-")),
         f"{sum(peer['connected'] for peer in peers.values())}/{len(peers)}",
     )
 

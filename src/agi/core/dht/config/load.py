@@ -28,6 +28,7 @@ from agi.core.dht.config.schema import (
     NetworkConfig,
     NodeConfig,
     ObservabilityConfig,
+    ReclaimConfig,
     RepairConfig,
     ReplicationConfig,
     RequestsConfig,
@@ -71,6 +72,7 @@ class Config:
     hints: HintsConfig = field(default_factory=HintsConfig)
     repair: RepairConfig = field(default_factory=RepairConfig)
     migration: MigrationConfig = field(default_factory=MigrationConfig)
+    reclaim: ReclaimConfig = field(default_factory=ReclaimConfig)
     expiry: ExpiryConfig = field(default_factory=ExpiryConfig)
     observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)

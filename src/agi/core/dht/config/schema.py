@@ -571,6 +571,29 @@ class MigrationConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ReclaimConfig:
+    """Tombstones and expired records go in rounds that all replicas of an arc agree on; until then they take space."""
+
+    interval_ms: int = knob(
+        600_000,
+        integer(0, 86_400_000),
+        "Pause between two rounds of a node, give or take a quarter; each reads through the node's store. 0: never.",
+        unit="ms",
+        more="what was deleted takes space for longer",
+        less="stores are read through more often (at `repair.build_keys_per_s`)",
+    )
+    lag_ms: int = knob(
+        60_000,
+        integer(0, 86_400_000),
+        "How old a tombstone must be to go, and by how much a record must have expired. Clock differences and messages "
+        "under way longer than this cost a second try of a write, never data.",
+        unit="ms",
+        more="what was deleted takes space for longer",
+        less="more writes are tried twice, since they come too late for an arc that was sealed meanwhile",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class ExpiryConfig:
     """Expired records are found by a sweep and shrunk to tombstones. A reader never sees one, swept or not."""
 

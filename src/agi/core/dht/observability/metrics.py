@@ -52,6 +52,7 @@ class Metrics:
         self.replica_reads = 0
         self.replica_writes = 0
         self.replica_superseded = 0
+        self.replica_below_floor = 0
         self.replica_errors = 0
         self.expired_shrunk = 0
         self.frames_received = 0

@@ -223,16 +223,21 @@ class HashTrees:
             if at == end or token < (tree := trees[at]).first:
                 del pending[key]
                 continue
-            if tree.building is not None or key in unsettled:
+            if tree.building is not None:
                 continue
-            del pending[key]
             if not tree.known:
+                if key not in unsettled:
+                    del pending[key]
                 continue
             new = 0
             if header is not None:
                 flags, new = _FLAGS_AND_CHECKSUM(header)
                 if flags & EXPIRES:
                     new = contribution(key, header)
+            if key in unsettled:
+                pending[key] = new  # it counts what the store holds, and will change
+            else:
+                del pending[key]
             if new != old:
                 sums = tree.sums
                 leaf = token - tree.first >> sums.shift

@@ -183,7 +183,7 @@ class QueryReply(Message):
 
 # --- node to node
 
-FRESH, REPAIR = 0, 1
+FRESH, REPAIR, HINT = 0, 1, 2
 
 
 class ReplicaRead(Message):
@@ -200,7 +200,8 @@ class ReplicaReadReply(Message):
 
 
 class ReplicaWrite(Message):
-    """Store these records. `mode` FRESH is a client's write (clock skew is checked), REPAIR brings older ones.
+    """Store these records. `mode` FRESH is a client's write (clock skew is checked), REPAIR brings what another replica
+    holds, HINT what this one missed.
     With `want_live` the reply tells which keys held a live record before."""
 
     id: int
@@ -482,11 +483,12 @@ class ArcList(Message):
 
 class ArcListReply(Message):
     """`entries`: token, HLC and writer of each record, 8 bytes each, in token order. `complete`: of all the spans;
-    else ask again from the last token on."""
+    else ask again from the last token on. `floors`: of the spans (protocol/floors.py)."""
 
     id: int
     entries: bytes = b""
     complete: bool = False
+    floors: bytes = b""
     error: WireError | None = None
 
 
@@ -507,6 +509,25 @@ class ChangeStateReply(Message):
     arcs_done: int = 0
     keys: int = 0
     bytes: int = 0
+    error: WireError | None = None
+
+
+# --- reclaiming (reclaim.py)
+
+
+class ReclaimStep(Message):
+    """SEAL, CLOSE or RECLAIM, up to `version`, the arcs whose first replica by name is the sender and which none of
+    the `absent` nodes holds."""
+
+    id: int
+    epoch: int
+    step: int
+    version: int
+    absent: list[str]
+
+
+class ReclaimReply(Message):
+    id: int
     error: WireError | None = None
 
 
@@ -553,6 +574,8 @@ KINDS: dict[int, type[Message]] = {
     72: EpochReply,
     75: ChangeState,
     76: ChangeStateReply,
+    77: ReclaimStep,
+    78: ReclaimReply,
     73: TopologyDigest,
     74: TopologyNews,
 }

@@ -1,0 +1,450 @@
+"""Takes tombstones and expired records away in agreed rounds, and the data of arcs that this node gave up.
+
+What was deleted stays as a tombstone until every replica has it and nothing older can arrive any more; only then may it
+go (PROTOCOLS G1; protocol/floors.py says what the heights mean). Of each arc the first replica by name leads: it has
+all replicas seal the arc up to a version of a while ago; then each brings itself level with every other by exchanges of
+hash trees and closes; then all reclaim. All replicas must be up, in one epoch without a change under way; else the next
+round tries again, at a later version. *"Everybody confirmed an exchange" alone: a hint, a repair or a paused
+coordinator brings the old value after the tombstone has gone.*
+
+A node that gains an arc first drops, durably, whatever it has of it (`make_room`, T10): what was deleted meanwhile
+would come back with it. What it holds of arcs that are not its own is dropped in the background, at its leisure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from bisect import bisect_right
+from collections.abc import Callable, Coroutine, Iterable
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from agi.core.dht.errors import (
+    ClockSkew,
+    DHTError,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    ProtocolMismatch,
+    StaleEpoch,
+    TransportError,
+)
+from agi.core.dht.identity import Ledger
+from agi.core.dht.joint import JointRing, JointSet
+from agi.core.dht.protocol.exchange import Span
+from agi.core.dht.protocol.floors import Floors, Height, is_dead
+from agi.core.dht.protocol.messages import ReclaimReply, ReclaimStep, WireError
+from agi.core.dht.protocol.record import FLAGS, hlc_of
+from agi.core.dht.protocol.versioning import physical_ms
+from agi.core.dht.ring import TOKENS, Partition, Ring
+from agi.core.dht.sessions import Session
+from agi.core.dht.topology import Topology
+from agi.core.dht.transport.base import Link
+from agi.core.dht.treekeeper import Own, joined
+
+if TYPE_CHECKING:
+    from agi.core.dht.node import Node
+
+_log = structlog.get_logger("agi.core.dht.reclaim")
+
+REQUESTS = (ReclaimStep,)
+SEAL, CLOSE, RECLAIM = 1, 2, 3
+STEP_TIMEOUT_S = 15.0
+CLOSE_TIMEOUT_S = 600.0
+"""Closing may have to bring much; it is asked for again and again."""
+CLOSE_POLL_S = 0.5
+LEVEL_TRIES = 5
+"""Exchanges with one peer until one finds nothing any more."""
+RETRY_S = 10.0
+"""A round that failed is tried again after about this, if that is less than the interval."""
+STEPS_MAX = 64
+"""Steps under way at one node for others."""
+
+
+class Reclaimer:
+    """
+    Args:
+        own: runs a coroutine as a task that the node owns.
+        interval_s: between two rounds; 0 for none.
+        lag_s: how far in the past the version lies up to which a round reclaims.
+
+    Attributes:
+        rounds, failed: that this node led.
+        reclaimed: records that it has taken away.
+        dropped: records of arcs that are not its own that it has dropped.
+        dead, oldest_dead_ms: tombstones and expired records that its last look at the store found and left, and when
+            the oldest of them was written.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        ledger: Ledger,
+        rng: random.Random,
+        own: Own,
+        stale: Callable[[Session, int], WireError | None],
+        *,
+        interval_s: float,
+        lag_s: float,
+    ) -> None:
+        self.rounds = 0
+        self.failed = 0
+        self.reclaimed = 0
+        self.dropped = 0
+        self.dead = 0
+        self.oldest_dead_ms = 0
+        self._node = node
+        self._ledger = ledger
+        self._rng = rng
+        self._own = own
+        self._stale = stale
+        self._interval_s = interval_s
+        self._lag_ms = int(lag_s * 1000)
+        self._raising = asyncio.Lock()
+        self._look = asyncio.Event()
+        self._closing: set[tuple[str, str, int]] = set()
+        self._steps = 0
+
+    async def load(self) -> None:
+        """Before the node serves anybody."""
+        self._node.replica.floors = await self._ledger.floors()
+
+    def start(self) -> None:
+        if self._interval_s:
+            self._own(self._lead(), "reclaim")
+            self._own(self._clear(), "reclaim store")
+
+    @property
+    def floor_age_s(self) -> float | None:
+        """How far behind now the version is up to which all of this node's arcs are reclaimed; None where some are not,
+        or while members change."""
+        if not isinstance(self._node.ring, Ring):
+            return None
+        reclaimed = self._lowest(self._held(lambda part: True)).reclaimed
+        return (self._node.clock.wall_ms() - physical_ms(reclaimed)) / 1000 if reclaimed else None
+
+    @property
+    def oldest_dead_s(self) -> float:
+        """How long ago the oldest tombstone that was left was written."""
+        return (self._node.clock.wall_ms() - self.oldest_dead_ms) / 1000 if self.dead else 0.0
+
+    def state(self) -> dict[str, object]:
+        """For `status`."""
+        age_s = self.floor_age_s
+        return {
+            "floor_age_s": None if age_s is None else round(age_s, 1),
+            "tombstones": self.dead,
+            "oldest_tombstone_s": round(self.oldest_dead_s, 1),
+            "reclaimed": self.reclaimed,
+        }
+
+    # --- leading rounds
+
+    async def _lead(self) -> None:
+        pause_s = self._interval_s
+        while True:
+            await asyncio.sleep(pause_s * (0.75 + 0.5 * self._rng.random()))
+            pause_s = self._interval_s
+            try:
+                await self.round()
+            except (DHTError, TimeoutError) as error:
+                self.failed += 1
+                pause_s = min(self._interval_s, RETRY_S)
+                _log.info("round_failed", error=str(error) or "no answer in time")
+
+    async def round(self) -> int:
+        """Reclaims what this node leads, as far as its replicas are up; returns up to which version, 0 where there is
+        nothing to lead now. Raises DHTError kinds, TimeoutError."""
+        node = self._node
+        ring, topology = node.ring, node.known_topology
+        if not isinstance(ring, Ring):
+            return 0
+        up = {node.node_id, *node.peers.usable}
+        absent = sorted(member.node_id for member in topology.members if member.node_id not in up)
+        names = {name for part in ring.partitions() if _led_by(part, node.node_id, absent) for name in part.replicas}
+        if not names:
+            return 0
+        others = sorted(names - {node.node_id})
+        version = max(0, node.clock.wall_ms() - self._lag_ms) << 16 | 0xFFFF
+        epoch = topology.epoch
+        for step, timeout_s in ((SEAL, STEP_TIMEOUT_S), (CLOSE, CLOSE_TIMEOUT_S), (RECLAIM, STEP_TIMEOUT_S)):
+            async with asyncio.timeout(timeout_s):
+                await self._gather(
+                    [self._order(name, ReclaimStep(0, epoch, step, version, absent)) for name in others]
+                    + [self._step(node.node_id, ReclaimStep(0, epoch, step, version, absent), wait=True)]
+                )
+        self.rounds += 1
+        _log.debug("round_done", version=version, replicas=len(names), absent=absent)
+        return version
+
+    @staticmethod
+    async def _gather(steps: Iterable[Coroutine[Any, Any, None]]) -> None:
+        tasks = [asyncio.ensure_future(step) for step in steps]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _order(self, name: str, message: ReclaimStep) -> None:
+        """That replica has taken the step."""
+        while True:
+            try:
+                async with asyncio.timeout(STEP_TIMEOUT_S):
+                    await self._node.calls.call(name, message)
+                return
+            except NotReady:
+                await asyncio.sleep(CLOSE_POLL_S * (0.5 + self._rng.random()))
+
+    # --- steps
+
+    def request(self, session: Session, link: Link, message: ReclaimStep) -> None:
+        """Whoever leads asks for a step."""
+        error = self._stale(session, message.epoch)
+        if session.kind != "node":
+            raise ProtocolMismatch("a client reclaims nothing")
+        if error is None and self._steps >= STEPS_MAX:
+            error = Overloaded(f"{self._steps} steps are being taken already").to_wire()
+        if error is not None:
+            self._reply(session, link, ReclaimReply(message.id, error))
+            return
+        self._steps += 1
+        self._own(self._answer(session, link, message), "reclaim answer")
+
+    async def _answer(self, session: Session, link: Link, message: ReclaimStep) -> None:
+        error: WireError | None = None
+        try:
+            async with asyncio.timeout(STEP_TIMEOUT_S):
+                await self._step(session.name, message, wait=False)
+        except DHTError as failure:
+            error = failure.to_wire()
+        except TimeoutError:
+            error = NotReady(f"{self._node.node_id} has not taken the step in time").to_wire()
+        finally:
+            self._steps -= 1
+        self._reply(session, link, ReclaimReply(message.id, error))
+
+    def _reply(self, session: Session, link: Link, reply: ReclaimReply) -> None:
+        try:
+            session.send(link, reply)
+        except (TransportError, Overloaded) as error:
+            _log.info("reply_undeliverable", peer=session.name, error=str(error))
+
+    async def _step(self, leader: str, message: ReclaimStep, *, wait: bool) -> None:
+        """Returns when the step is taken, durably. Without `wait`, NotReady tells that closing goes on."""
+        node, version = self._node, message.version
+        if physical_ms(version) > node.clock.wall_ms():
+            raise ClockSkew(f"{leader} would reclaim what is written after the time of {node.node_id}")
+        placement = node.known_topology.placement
+        spans = self._held(lambda part: _led_by(part, leader, message.absent))
+        if not spans:
+            raise InvalidRequest(f"{leader} leads no arc of {node.node_id}")
+        if message.step == SEAL:
+            await self._raise(placement, spans, Height(version, 0, 0), settle=True)
+        elif message.step == CLOSE:
+            if self._lowest(spans).closed >= version:
+                return
+            if wait:
+                await self._close(placement, spans, leader, message)
+                return
+            what = (placement, leader, version)
+            if what not in self._closing:
+                self._closing.add(what)
+                self._own(self._close_quietly(what, spans, message), "close arcs")
+            raise NotReady(f"{node.node_id} is closing")
+        elif message.step == RECLAIM:
+            if self._lowest(spans).closed < version:
+                raise InvalidRequest(f"{node.node_id} has not closed what {leader} would reclaim")
+            await self._raise(placement, spans, Height(version, version, version))
+            self._look.set()
+        else:
+            raise InvalidRequest(f"unknown step {message.step}")
+
+    def _held(self, choose: Callable[[Partition], bool]) -> list[Span]:
+        """What this node holds of the arcs chosen, in token order. Raises StaleEpoch while members change."""
+        ring = self._node.ring
+        if not isinstance(ring, Ring):
+            raise StaleEpoch("nothing is reclaimed while a change of the members is under way")
+        me = self._node.node_id
+        return sorted(
+            span for part in ring.partitions() if me in part.replicas and choose(part) for span in part.ranges()
+        )
+
+    def _lowest(self, spans: list[Span]) -> Height:
+        """The lowest heights in these spans."""
+        known = self._node.replica.floors.within(spans).spans
+        if sum(last - first + 1 for first, last, _ in known) < sum(last - first + 1 for first, last in spans):
+            return Height()
+        return Height(*(min(each) for each in zip(*(height for _, _, height in known), strict=True)))
+
+    async def _raise(self, placement: str, spans: list[Span], to: Height, *, settle: bool = False) -> None:
+        """Puts these heights into force, then stores them."""
+        node = self._node
+        async with self._raising:
+            if node.known_topology.placement != placement:
+                raise StaleEpoch("the replica sets have changed")
+            node.replica.floors = node.replica.floors.raised(spans, to)
+            if settle:
+                await node.replica.settle()  # what was taken before is in the store: exchanges tell of it
+            await self._ledger.store_floors(node.replica.floors)
+
+    async def _close_quietly(self, what: tuple[str, str, int], spans: list[Span], message: ReclaimStep) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._close(what[0], spans, what[1], message)
+        except (DHTError, TimeoutError) as error:
+            _log.info("not_closed", leader=what[1], error=str(error) or "no answer in time")
+        finally:
+            self._closing.discard(what)
+
+    async def _close(self, placement: str, spans: list[Span], leader: str, message: ReclaimStep) -> None:
+        """This node has all that the other replicas held when they had sealed; then it closes."""
+        node, version = self._node, message.version
+        if self._lowest(spans).sealed < version:
+            raise InvalidRequest(f"{node.node_id} has not sealed what it is to close")
+        assert isinstance(node.ring, Ring)
+        names = {
+            name
+            for part in node.ring.partitions()
+            if node.node_id in part.replicas and _led_by(part, leader, message.absent)
+            for name in part.replicas
+        }
+        for name in sorted(names - {node.node_id}):
+            await self._level_with(name, version)
+        await self._raise(placement, spans, Height(version, version, 0), settle=True)
+
+    async def _level_with(self, name: str, version: int) -> None:
+        """An exchange finds nothing up to that version in which the two differ."""
+        for _ in range(LEVEL_TRIES):
+            report = await self._node.antientropy.exchange(name, young_from=version)
+            if report.unknown:
+                raise NotReady("hash trees are being built")
+            if not report.differences:
+                return
+        raise NotReady(f"{self._node.node_id} and {name} still differ after {LEVEL_TRIES} exchanges")
+
+    # --- the store
+
+    async def _clear(self) -> None:
+        """Looks through the store after each round, and now and then without one."""
+        while True:
+            try:
+                async with asyncio.timeout(self._interval_s * (1 + self._rng.random())):
+                    await self._look.wait()
+            except TimeoutError:
+                _log.debug("no_round_of_late")
+            self._look.clear()
+            try:
+                await self.clear()
+            except (DHTError, TimeoutError) as error:
+                _log.warning("store_not_cleared", error=str(error) or "no answer in time")
+
+    async def clear(self) -> None:
+        """Takes away what may go. Raises StorageError kinds, TimeoutError."""
+        node = self._node
+        if not isinstance(node.ring, Ring):
+            return
+        held = self._held(lambda part: True)
+        dead, oldest_ms = 0, 0
+        for span in joined(held):
+            async for page in node.antientropy.keeper.walk(span):
+                taken, left = self._sort(page)
+                if taken:
+                    self.reclaimed += await node.replica.purge([key for key, _ in taken], [item for _, item in taken])
+                dead += len(left)
+                oldest_ms = min([oldest_ms or node.clock.wall_ms(), *(physical_ms(hlc_of(item)) for _, item in left)])
+        self.dead, self.oldest_dead_ms = dead, oldest_ms
+        placement = node.known_topology.placement
+        for span in _outside(held):
+            self.dropped += await self._drop(span, lambda: node.known_topology.placement == placement)
+
+    def _sort(self, page: list[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, bytes]], list[tuple[bytes, bytes]]]:
+        """Of these records those that may go, and other dead ones."""
+        replica = self._node.replica
+        now_ms = self._node.clock.wall_ms()
+        taken, left = [], []
+        for key, record in page:
+            if not record[FLAGS]:
+                continue
+            if is_dead(record, replica.floors.at(replica.token_of(key)).reclaimed):
+                taken.append((key, record))
+            elif is_dead(record, now_ms << 16):
+                left.append((key, record))
+        return taken, left
+
+    async def _drop(self, span: Span, allowed: Callable[[], bool]) -> int:
+        count = 0
+        async for page in self._node.antientropy.keeper.walk(span):
+            if not allowed():
+                break
+            count += await self._node.replica.purge([key for key, _ in page], [item for _, item in page], allowed)
+        return count
+
+    async def make_room(self, topology: Topology) -> None:
+        """Drops all that this node has of the arcs that the topology will give it, hints among it. Raises StorageError
+        kinds, TimeoutError: then the topology may not be adopted."""
+        node = self._node
+        if topology.placement == node.known_topology.placement:
+            return
+        ring = topology.ring()
+        if not isinstance(ring, JointRing):
+            return
+        gained = sorted(
+            span
+            for part in ring.partitions()
+            if isinstance(part.replicas, JointSet)
+            and node.node_id in part.replicas.new
+            and node.node_id not in part.replicas.old
+            for span in part.ranges()
+        )
+        if not gained:
+            return
+        async with self._raising:
+            node.replica.floors = node.replica.floors.without(gained)
+            await self._ledger.store_floors(node.replica.floors)
+        firsts = [first for first, _ in gained]
+        token_of = node.replica.token_of
+
+        def is_gained(token: int) -> bool:
+            index = bisect_right(firsts, token) - 1
+            return index >= 0 and token <= gained[index][1]
+
+        hints = await node.handoff.drop(lambda hint: is_gained(token_of(hint.key)))
+        count = 0
+        await node.replica.settle()
+        if (await node.store.count()).records:
+            for span in joined(gained):
+                count += await self._drop(span, lambda: True)
+        if count or hints:
+            _log.info("room_made", epoch=topology.epoch, records=count, hints=hints)
+        self.dropped += count
+
+    def foresee(self, floors: Floors) -> None:
+        """What a source tells of arcs that this node gains counts at once, though only in memory: what is late there
+        is late here."""
+        self._node.replica.floors = self._node.replica.floors.over(floors)
+
+    async def take_over(self, floors: Floors) -> None:
+        """This node has merged what a source held of these spans, and takes over its heights."""
+        async with self._raising:
+            self._node.replica.floors = self._node.replica.floors.over(floors)
+            await self._ledger.store_floors(self._node.replica.floors)
+
+
+def _led_by(part: Partition, leader: str, absent: list[str]) -> bool:
+    return min(part.replicas) == leader and not any(name in absent for name in part.replicas)
+
+
+def _outside(spans: list[Span]) -> list[Span]:
+    """All tokens but these."""
+    outside, at = [], 0
+    for first, last in joined(spans):
+        if first > at:
+            outside.append((at, first - 1))
+        at = last + 1
+    if at < TOKENS:
+        outside.append((at, TOKENS - 1))
+    return outside
