@@ -359,3 +359,22 @@ async def _land_all(stores: list[DiskStore]) -> None:
             while store.syncs:
                 store.land()
         await asyncio.sleep(0.001)
+
+
+# --- purging (G1)
+
+
+async def test_a_purge_takes_nothing_that_is_under_way_to_the_disk(disk: Bench) -> None:
+    key, dead = record(b"k", b"", 1000, flags=TOMBSTONE)
+    waiting, other = record(b"w", b"", 1000, flags=TOMBSTONE)
+    disk.write((key, dead))
+    disk.write((waiting, other))
+    assert disk.store.read([key, waiting]) == [dead, None]
+    assert await disk.replica.purge([key, waiting], [dead, other]) == 0  # the next write takes both to be there
+    disk.store.land()
+    disk.store.land()
+    assert await disk.replica.purge([key, waiting], [dead, other]) == 2
+    assert disk.store.read([key, waiting]) == [None, None] and (await disk.store.count()).records == 0
+    disk.write(record(b"k", b"v", 2000))
+    disk.store.land()
+    assert (await disk.scan())[0][0].items == [record(b"k", b"v", 2000)]

@@ -236,8 +236,8 @@ class Reclaimer:
     async def _step(self, leader: str, message: ReclaimStep, *, wait: bool) -> None:
         """Returns when the step is taken, durably. Without `wait`, NotReady tells that closing goes on."""
         node, version = self._node, message.version
-        if physical_ms(version) > node.clock.wall_ms():
-            raise ClockSkew(f"{leader} would reclaim what is written after the time of {node.node_id}")
+        if version > node.replica.limit():
+            raise ClockSkew(f"{leader} would reclaim what is written long after the time of {node.node_id}")
         placement = node.known_topology.placement
         spans = self._held(lambda part: _led_by(part, leader, message.absent))
         if not spans:

@@ -94,6 +94,10 @@ class Replica:
         """What fresh versions are judged by: the wall clock, or the newest version seen where that is ahead (V3)."""
         return max(self._clock.wall_ms(), physical_ms(self._hlc.last))
 
+    def limit(self) -> int:
+        """The greatest version that is not too far ahead of this node (V3)."""
+        return self._hlc.limit(self._clock.wall_ms(), self._skew_ms)
+
     @property
     def unsynced(self) -> bool:
         return self._commit is not None and not self._commit.idle
@@ -422,12 +426,16 @@ class Replica:
     # --- purging (G1)
 
     async def purge(self, keys: list[bytes], records: list[bytes], allowed: Callable[[], bool] = lambda: True) -> int:
-        """Removes these records altogether, but for those that have changed or are about to; returns how many. Nothing
-        if it is not `allowed` at that moment. Raises StorageError kinds, TimeoutError."""
+        """Removes these records altogether, but for those that have changed, or whose last write is under way still;
+        returns how many. Nothing if it is not `allowed` at that moment. Raises StorageError kinds, TimeoutError."""
         if self.store.local:
-            headers = self.headers(keys)
-            assert headers is not None
-            purges = _unchanged(keys, records, headers, self.unsettled()) if allowed() else {}
+            commit = self._commit
+            if commit is not None and commit.error is not None:
+                raise commit.error
+            headers = self.store.headers(keys)
+            if commit is not None and not commit.idle:  # the next write of such a key takes it to be there
+                headers = [None if commit.overlay(key) is not None else h for key, h in zip(keys, headers, strict=True)]
+            purges = _unchanged(keys, records, headers) if allowed() else {}
             if purges:
                 if self.on_change is not None:
                     self.on_change(list(purges), list(purges.values()), [])
@@ -502,7 +510,7 @@ class Replica:
     async def _purge_remote(
         self, keys: list[bytes], records: list[bytes], headers: Sequence[bytes | None]
     ) -> list[int]:
-        purges = _unchanged(keys, records, headers, ())
+        purges = _unchanged(keys, records, headers)
         if purges:
             if self.on_change is not None:
                 self.on_change(list(purges), list(purges.values()), [])
@@ -549,14 +557,12 @@ def _no_token(key: bytes) -> int:
     raise AssertionError("the node has not formed")
 
 
-def _unchanged(
-    keys: list[bytes], records: list[bytes], headers: Sequence[bytes | None], unsettled: Collection[bytes]
-) -> dict[bytes, bytes]:
+def _unchanged(keys: list[bytes], records: list[bytes], headers: Sequence[bytes | None]) -> dict[bytes, bytes]:
     """Those of the keys that still hold these records, with their headers."""
     return {
         key: header
         for key, record, header in zip(keys, records, headers, strict=True)
-        if header is not None and header[:HEADER] == record[:HEADER] and key not in unsettled
+        if header is not None and header[:HEADER] == record[:HEADER]
     }
 
 
