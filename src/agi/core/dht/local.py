@@ -137,6 +137,15 @@ class LocalCluster:
             raise
         return node
 
+    async def add_node(self) -> int:
+        """Starts one more node, which asks to join; returns its index once it listens. Raises as `start_node`."""
+        held = _reserve_port()
+        self._held.append(held)
+        self.addresses.append(f"127.0.0.1:{held.getsockname()[1]}")
+        self.nodes.append(None)
+        await self.start_node(len(self.nodes) - 1)
+        return len(self.nodes) - 1
+
     async def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Until every running node is ready and connected to all that run. Raises NotReady with what is missing."""
         deadline = asyncio.get_running_loop().time() + timeout_s

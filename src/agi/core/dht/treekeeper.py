@@ -8,8 +8,10 @@ turn every few keys, and pages shrink where records are large.
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
 from itertools import pairwise
+from operator import lt
 from typing import Any, TypeAlias
 
 import structlog
@@ -37,6 +39,8 @@ PAGE_KEYS_MAX = 256
 PAGE_BYTES = 1 << 20
 """A scan reads so many records at a time, fewer once it has met large ones."""
 SPANS_A_TURN = 32
+SPARSE = 4
+"""Records are read page by page while one in so many is wanted, else one by one."""
 RETRY_S = 1.0
 BURST_S = 0.25
 """How far what is held to a rate may run ahead of it."""
@@ -261,17 +265,33 @@ class TreeKeeper:
     async def keys_at(self, tokens: Sequence[int]) -> tuple[list[bytes], int]:
         """The keys with these tokens, up to SEND_BYTES of records; and how many of the tokens were looked at."""
         keys: list[bytes] = []
-        size = taken = 0
-        for token in tokens:
-            if size > SEND_BYTES:
-                break
-            page = await self._page((token, token), None)
-            keys += [key for key, _ in page.items]
-            size += sum(len(record) for _, record in page.items)
-            taken += 1
-            if taken % SPANS_A_TURN == 0:
+        size = taken = looks = 0
+        together = all(map(lt, tokens, tokens[1:]))
+        while taken < len(tokens) and size <= SEND_BYTES:
+            settled = 0
+            if together:
+                items, settled, together = await self._side_by_side(tokens[taken:])
+            if not settled:
+                items, settled = (await self._page((tokens[taken], tokens[taken]), None)).items, 1
+            keys += [key for key, _ in items]
+            size += sum(len(record) for _, record in items)
+            taken += settled
+            looks += 1
+            if looks % SPANS_A_TURN == 0:
                 await asyncio.sleep(0)
         return keys, taken
+
+    async def _side_by_side(self, tokens: Sequence[int]) -> tuple[list[tuple[bytes, bytes]], int, bool]:
+        """One page of the store, from the first of these ascending tokens on: what of it they name, how many of them
+        that settles, and whether another page is worth it: a newcomer wants nearly all that lies there."""
+        page = await self._page((tokens[0], tokens[-1]), None)
+        token_of = self._token_of
+        placed = [int.from_bytes(token_of(key), "big") for key, _ in page.items]
+        # of the last token of a page there may be more
+        settled = len(tokens) if page.complete else bisect_left(tokens, placed[-1])
+        wanted = set(tokens[:settled])
+        found = [item for token, item in zip(placed, page.items, strict=True) if token in wanted]
+        return found, settled, len(found) * SPARSE >= len(placed)
 
     async def read(self, keys: list[bytes]) -> list[bytes | None]:
         """As coordinators read: what is not synced yet is not told."""

@@ -55,7 +55,7 @@ LEAVES_MAX = 1024
 RECORDS_MAX = 2048
 """Records that one side compares at a time: about 1 ms."""
 SEND_BYTES = 256 * 1024
-"""Records of one message, unless one alone is larger."""
+"""Records of one message, and those of one page of the store beyond."""
 SEND_KEYS_MAX = 1000
 STRIKES_MAX = 3
 
