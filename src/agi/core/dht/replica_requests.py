@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,9 @@ REPLICA_SCANS_MAX = 256
 """Scans under way at one replica; past it coordinators get Overloaded."""
 PARKED_MAX = 4096
 """Requests that wait for a newer topology that their coordinator knows already; past it they are refused as stale."""
+PARKED_S_MAX = 30.0
+ASK_AGAIN_S = 0.5
+"""While requests wait, their coordinators are asked again for the topology that they know."""
 
 
 class ReplicaRequests:
@@ -59,7 +63,8 @@ class ReplicaRequests:
         self._own = own
         self.scans = 0
         """Scans under way."""
-        self._parked: list[tuple[Callable[[Session, Link, Any], None], Session, Link, Any]] = []
+        self._parked: deque[tuple[float, Callable[[Session, Link, Any], None], Session, Link, Any]] = deque()
+        self._asked = 0.0
         self._throttle = Throttle()
         self._debug = node.config.observability.log_level == "debug"
 
@@ -85,15 +90,19 @@ class ReplicaRequests:
             return False
         if not session.member:
             return False
-        self._parked.append((answer, session, link, request))
-        if len(self._parked) == 1:
+        now = self._node.clock.monotonic()
+        while self._parked and self._parked[0][0] < now - PARKED_S_MAX:
+            self._parked.popleft()  # its coordinator has given up long ago
+        if not self._parked or now > self._asked + ASK_AGAIN_S:
+            self._asked = now
             self._node.epochs.ask(session.name)
+        self._parked.append((now, answer, session, link, request))
         return True
 
     def resume(self) -> None:
         """A newer topology is in force: what waited for it is looked at again."""
-        parked, self._parked = self._parked, []
-        for answer, session, link, request in parked:
+        parked, self._parked = self._parked, deque()
+        for _, answer, session, link, request in parked:
             if not link.closed:
                 answer(session, link, request)
 

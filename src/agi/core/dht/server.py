@@ -40,6 +40,9 @@ from agi.core.dht.types import format_address, parse_address
 
 _log = structlog.get_logger("agi.core.dht.server")
 
+FAREWELL_S = 3.0
+"""A node that the cluster has let go tells clients so long that it is not ready: until each has asked for the topology
+again (session.REFRESH_S). What they send to a process that has ended may or may not have happened, for all they know."""
 SET_ASIDE_MAX = 100
 """Folders of a node that the cluster has let go; past it the last stays where it is, and refuses to start."""
 
@@ -127,6 +130,8 @@ async def _run(config: Config, stop_with_stdin: bool) -> None:
     sys.stdout.flush()
     await stop.wait()
     service.withdraw()
+    if fatal and isinstance(fatal[0], Removed):
+        await asyncio.sleep(FAREWELL_S)
     await node.stop(config.network.drain_timeout_ms / 1000)
     await service.stop()
     await server.stop(1.0)

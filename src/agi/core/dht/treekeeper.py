@@ -38,6 +38,10 @@ FOLD_STEP = 256
 PAGE_KEYS_MAX = 256
 PAGE_BYTES = 1 << 20
 """A scan reads so many records at a time, fewer once it has met large ones."""
+RECORDS_A_TURN = 256
+"""A listing gives the event loop its turn after so many records (1.5 ms)."""
+SPAN_RECORDS = 8
+"""What another span costs, in records."""
 SPANS_A_TURN = 32
 SPARSE = 4
 """Records are read page by page while one in so many is wanted, else one by one."""
@@ -250,12 +254,15 @@ class TreeKeeper:
         """What lies in these spans, at most RECORDS_MAX records; and the last token looked at if that is not all."""
         token_of = self._token_of
         found: list[Entry] = []
-        for number, span in enumerate(joined(spans)):
-            if number % SPANS_A_TURN == SPANS_A_TURN - 1:
-                await asyncio.sleep(0)
+        since = 0
+        for span in joined(spans):
             page, after = Page([], False), None
             while not page.complete:
+                if since >= RECORDS_A_TURN:
+                    since = 0
+                    await asyncio.sleep(0)
                 page = await self._page(span, after)
+                since += len(page.items) + SPAN_RECORDS
                 found += [entry_of(int.from_bytes(token_of(key), "big"), key, record) for key, record in page.items]
                 if len(found) >= RECORDS_MAX:
                     return found, found[-1].token

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -407,3 +408,15 @@ async def test_a_socket_file_left_behind_is_replaced(wire: Wire, tmp_path: Path)
     link.send(question(1))
     await recorder.until(lambda: recorder.heard)
     wire.links.append((recorder.heard[0][0], recorder))
+
+
+@pytest.mark.parametrize("wire", ["native-tcp"], indirect=True)
+async def test_a_link_that_was_reset_unheard_closes_all_the_same(wire: Wire) -> None:
+    pair = await wire.pair()
+    await _settled(wire, pair)
+    taken = pair.link._socket.get_extra_info("socket").fileno()  # type: ignore[attr-defined]  # of the native link
+    no_family = (ctypes.c_char * 16)()  # AF_UNSPEC: the connection is gone, and the loop has still to hear of it
+    assert ctypes.CDLL(None).connect(taken, no_family, 16) == 0
+    pair.link.close()
+    await pair.client.until(lambda: pair.client.errors(pair.link))
+    assert pair.client.errors(pair.link) == [None]

@@ -282,8 +282,12 @@ class _NativeLink(Link, asyncio.Protocol):
             return
         if self._socket.can_write_eof() and not self._socket.is_closing():
             # closing with unread bytes would reset the connection and lose what was queued: read on until the peer ends
-            self._socket.write_eof()
-            self.loop.call_later(LINGER_S, self.abort)
+            try:
+                self._socket.write_eof()
+            except OSError:  # it was reset, and the loop has not heard of it yet
+                self.abort()
+            else:
+                self.loop.call_later(LINGER_S, self.abort)
         else:
             self._socket.close()
 
