@@ -49,7 +49,8 @@ def _threads() -> list[threading.Thread]:
 
 def test_both_clients_have_the_same_methods_and_signatures() -> None:
     def public(kind: type) -> dict[str, object]:
-        return {name: value for name, value in vars(kind).items() if callable(value) and not name.startswith("_")}
+        names = [name for name in dir(kind) if not name.startswith("_") and callable(getattr(kind, name))]
+        return {name: getattr(kind, name) for name in names}
 
     ours, theirs = public(SyncDHTClient), public(DHTClient)
     assert set(ours) - set(theirs) == {"map"} and set(theirs) <= set(ours)

@@ -24,9 +24,10 @@ from agi.core.dht.errors import (
     InvalidRequest,
 )
 from agi.core.dht.joint import JointRing, JointSet, majority
+from agi.core.dht.plans import plan, plan_recovery
 from agi.core.dht.protocol.messages import ChangeState, ChangeStateReply, Hello
 from agi.core.dht.protocol.versioning import node_hash
-from agi.core.dht.ring import TOKENS, check_node_hashes
+from agi.core.dht.ring import VNODES_MAX, check_node_hashes
 from agi.core.dht.topology import JOINING, LEAVING, NORMAL, Member, Topology
 from agi.core.dht.transport.handshake import Nobody, greet
 from agi.core.dht.treekeeper import Own
@@ -38,20 +39,39 @@ if TYPE_CHECKING:
 _log = structlog.get_logger("agi.core.dht.changes")
 
 PROPOSE_TIMEOUT_S = 5.0
+RECOVER_TIMEOUT_S = 8.0
 STEP_S = 0.5
 """How often voters look whether the change under way is complete, on average."""
 STATE_TIMEOUT_S = 2.0
+REFUSED_MAX = 64
+"""Nodes of which is kept why they were not taken in."""
+TELL_S = 5.0
+"""How often the log says how far a change is."""
 SECOND_CHOICE_S = 3.0
 """Voters other than the first wait so long before they propose what the first should have."""
 
 
 class Order(msgspec.Struct, frozen=True):
-    """What an operator asks for: `what` is "leave", "remove" or "cancel". `dry_run`: only what would move."""
+    """What an operator asks for: `what` is "leave", "remove", "weight", "recover" or "cancel"; as a question only,
+    "join" or "replace". `dry_run`: only what would move.
+
+    Attributes:
+        force: although fewer nodes than replicas remain.
+        lose_data: of "remove": although too few replicas are left; what only the removed held is gone.
+        weight: of "weight" and "join". `rack`, `zone`: of "join" and "replace".
+        lost, confirm: of "recover": who never comes back, and the cluster's name.
+    """
 
     what: str
     node: str = ""
     force: bool = False
     dry_run: bool = False
+    lose_data: bool = False
+    weight: float = 0.0
+    rack: str = ""
+    zone: str = ""
+    lost: tuple[str, ...] = ()
+    confirm: str = ""
 
 
 class Changes:
@@ -71,23 +91,30 @@ class Changes:
         self._join_timeout_s = join_timeout_s
         self._eviction_timeout_s = eviction_timeout_s
         self._admitting = False
+        self._refused: dict[str, DHTError] = {}
         self._dead_since: dict[str, float] = {}
 
     def start(self) -> None:
         self._own(self._drive(), "changes")
+        self._own(self._tell(), "progress of changes")
 
     # --- joining
 
     def asked_to_join(self, hello: Hello) -> None:
-        """A node that the topology does not name has found this cluster. One at a time is looked at: it asks again."""
+        """A node that the topology does not name has found this cluster. One at a time is looked at: it asks again, and
+        hears why it was refused the last time, which this raises."""
         node = self._node
         topology = node.topology
         if topology is None or node.stopping or self._admitting or topology.in_transition:
             return
-        if hello.name in topology.by_id:
+        known = topology.by_id.get(hello.name)
+        if known is not None and (known.disk_id == hello.disk_id or hello.replaces != hello.name):
             return
         self._admitting = True
         self._own(self._admit(hello), "admit")
+        refused = self._refused.get(hello.disk_id)
+        if refused is not None:
+            raise refused
 
     async def _admit(self, hello: Hello) -> None:
         try:
@@ -97,8 +124,12 @@ class Changes:
             await self._reach(member)
             topology = await self._propose(partial(self._joined, member, hello.replaces))
             _log.info("joining", joiner=member.node_id, epoch=topology.epoch)
+            self._refused.pop(hello.disk_id, None)
         except DHTError as error:
             _log.warning("join_refused", joiner=hello.name, error=str(error))
+            while len(self._refused) >= REFUSED_MAX:
+                self._refused.pop(next(iter(self._refused)))
+            self._refused[hello.disk_id] = error
         finally:
             self._admitting = False
 
@@ -110,38 +141,54 @@ class Changes:
             raise HelloRefused(f"at {member.address}, which {member.node_id} advertises, {theirs.name} answers")
 
     def _joined(self, member: Member, replaces: str, base: Topology) -> Topology | None:
-        if member.node_id in base.by_id:
+        known = base.by_id.get(member.node_id)
+        if known is not None and (known.disk_id == member.disk_id or replaces != member.node_id):
             return None
-        check_node_hashes([*base.by_id, member.node_id], node_hash)
+        if known is None:
+            check_node_hashes([*base.by_id, member.node_id], node_hash)
         if not replaces:
             return self._transition(base, [*base.members, member], f"{member.node_id} joins")
         if replaces not in base.by_id:
             raise InvalidRequest(f"{member.node_id} is to replace {replaces!r}, which is no member")
         if not self._is_dead(replaces):
             raise ChangeRefused(f"{member.node_id} is to replace {replaces}, which is not held to be dead")
-        members = [*_leaving(base, replaces), member]
-        return self._transition(base, members, f"{member.node_id} replaces {replaces}")
+        if known is None:
+            members = [*_leaving(base, replaces), member]
+            return self._transition(base, members, f"{member.node_id} replaces {replaces}")
+        members = [*(m for m in base.members if m.node_id != replaces), member]
+        return self._transition(base, members, f"{replaces} joins in its own place, with a new disk", lost=(known,))
 
     # --- what operators order
 
     async def order(self, order: Order) -> dict[str, object]:
         """Begins a change, or undoes the one under way; returns the topology's epoch and note, or for a dry run the
         plan (`plan`). Raises ChangeRefused, InvalidRequest, Unavailable, OutcomeUnknown."""
-        if order.dry_run:
-            planned = self._without(order, self._node.known_topology)
-            return await self.plan(planned or self._node.known_topology)
-        if order.what == "cancel":
-            topology = await self._propose(self._cancelled)
-        elif order.what in ("leave", "remove"):
-            topology = await self._propose(partial(self._without, order))
-        else:
+        what: dict[str, Callable[[Topology], Topology | None]] = {
+            "leave": partial(self._without, order),
+            "remove": partial(self._without, order),
+            "weight": partial(self._weighted, order),
+            "cancel": self._cancelled,
+            "join": partial(self._supposed, order),
+            "replace": partial(self._supposed, order),
+        }
+        if order.what == "recover":
+            return await self._recover(order)
+        if order.what not in what:
             raise InvalidRequest(f"unknown change {order.what!r}")
+        if order.dry_run:
+            base = self._node.known_topology
+            return await plan(self._node, what[order.what](base) or base)
+        if order.what in ("join", "replace"):
+            raise InvalidRequest("a node joins by being started: `agi-dht serve`")
+        topology = await self._propose(what[order.what])
         return {"epoch": topology.epoch, "note": topology.note, "in_transition": topology.in_transition}
 
     def _without(self, order: Order, base: Topology) -> Topology | None:
         name = order.node
         member = base.by_id.get(name)
         if member is None:
+            if name in {gone.node_id for gone in base.lost}:
+                return None
             raise InvalidRequest(f"there is no node {name!r} in the cluster")
         if member.state == LEAVING:
             return None
@@ -157,55 +204,89 @@ class Changes:
                 f"without {name} there are {len(base.members) - 1} nodes for {base.factor} replicas: add one first, or "
                 "force it"
             )
+        if order.what == "remove" and order.lose_data:
+            return self._given_up(base, name)
         return self._transition(
             base, _leaving(base, name), f"{name} {'leaves' if order.what == 'leave' else 'is removed'}"
         )
 
-    async def plan(self, topology: Topology) -> dict[str, object]:
-        """What a transition moves, as far as this node can tell: {"note", "arcs": of the ring that change hands,
-        "moves": {node id: {"arcs", "share": of the ring, "keys", "bytes"}} of what each gains}. Keys and bytes are
-        estimates from this node's own density."""
-        ring = topology.ring()
-        arcs, gains = 0, dict[str, list[int]]()
-        own = 0
-        for part in ring.partitions():
-            replicas = part.replicas
-            if self._node.node_id in (replicas.old if isinstance(replicas, JointSet) else replicas):
-                own += part.width
-            if isinstance(replicas, JointSet):
-                arcs += 1
-                for name in set(replicas.new).difference(replicas.old):
-                    gain = gains.setdefault(name, [0, 0])
-                    gain[0] += 1
-                    gain[1] += part.width
-        stats = await self._node.store.stats()
-        keys, size = (stats.records / own, stats.bytes / own) if own else (0.0, 0.0)
-        moves = {
-            name: {"arcs": count, "share": width / TOKENS, "keys": round(width * keys), "bytes": round(width * size)}
-            for name, (count, width) in sorted(gains.items())
+    def _given_up(self, base: Topology, name: str) -> Topology:
+        """The epoch in which a dead node counts no more, whatever it held. Where that is under way for others, it goes
+        on for all of them."""
+        if base.in_transition and not base.recovering:
+            raise ChangeRefused(f"another change is under way: {base.note}")
+        names = ", ".join([*(gone.node_id for gone in base.lost), name])
+        return base.without([name], f"{names} given up for lost", self._node.clock.wall_ms())
+
+    def _weighted(self, order: Order, base: Topology) -> Topology | None:
+        member = base.by_id.get(order.node)
+        if member is None:
+            raise InvalidRequest(f"there is no node {order.node!r} in the cluster")
+        points = order.weight * base.virtual_nodes
+        if not (order.weight > 0 and points <= VNODES_MAX):
+            raise InvalidRequest(
+                f"a weight is above 0 and at most {VNODES_MAX / base.virtual_nodes:g}, not {order.weight}"
+            )
+        if (member.next_weight or member.weight) == order.weight:
+            return None
+        members = [
+            msgspec.structs.replace(m, next_weight=order.weight) if m.node_id == order.node else m for m in base.members
+        ]
+        return self._transition(
+            base, members, f"{order.node} gets weight {order.weight:g} instead of {member.weight:g}"
+        )
+
+    def _supposed(self, order: Order, base: Topology) -> Topology | None:
+        """What would follow if a node joined now, or came in the place of another."""
+        name = order.node if order.what == "join" and order.node else "(new node)"
+        old = base.by_id.get(order.node) if order.what == "replace" else None
+        weight = order.weight or (old.weight if old is not None else 1.0)
+        if not 0 < weight * base.virtual_nodes <= VNODES_MAX:
+            raise InvalidRequest(f"a weight is above 0 and at most {VNODES_MAX / base.virtual_nodes:g}, not {weight}")
+        member = Member(name, "", "supposed:1", weight, order.rack, order.zone, state=JOINING)
+        if name in base.by_id:
+            raise InvalidRequest(f"there is a node {name!r} in the cluster already")
+        return self._joined(member, order.node if order.what == "replace" else "", base)
+
+    async def _recover(self, order: Order) -> dict[str, object]:
+        node = self._node
+        base, recovery = node.known_topology, node.epochs.recovery
+        if order.dry_run:
+            survivors = recovery.survivors(base, order.lost)
+            return await plan_recovery(node, base, base.recovered(order.lost, 0), survivors)
+        if order.confirm != base.cluster:
+            raise InvalidRequest(f"a recovery is confirmed by the cluster's name, which is not {order.confirm!r}")
+        topology = await recovery.propose(order.lost, RECOVER_TIMEOUT_S)
+        return {
+            "epoch": topology.epoch,
+            "generation": topology.generation,
+            "note": topology.note,
+            "in_transition": topology.in_transition,
+            "lost": [member.node_id for member in topology.lost],
         }
-        return {"note": topology.note, "arcs": arcs, "moves": moves}
 
     def _cancelled(self, base: Topology) -> Topology | None:
         return base.undone(self._node.clock.wall_ms()) if base.in_transition else None
 
-    def _transition(self, base: Topology, members: Sequence[Member], note: str) -> Topology:
+    def _transition(
+        self, base: Topology, members: Sequence[Member], note: str, lost: tuple[Member, ...] = ()
+    ) -> Topology:
         """The epoch that begins a change. Raises ChangeRefused where it could not come to its end (T8)."""
         if base.in_transition:
             raise ChangeRefused(f"another change is under way: {base.note}")
-        topology = base.next(members, note, self._node.clock.wall_ms())
+        topology = base.next(members, note, self._node.clock.wall_ms(), lost)
         topology.check_unique()
         if not any(member.state == NORMAL for member in topology.members):
             raise ChangeRefused("no node would remain")
         ring = topology.ring()
         assert isinstance(ring, JointRing)
-        up = {self._node.node_id, *self._node.peers.usable}
-        for part in ring.partitions():
-            replicas = part.replicas
-            if isinstance(replicas, JointSet) and sum(name in up for name in replicas.old) < majority(
-                len(replicas.old)
-            ):
-                missing = ", ".join(name for name in replicas.old if name not in up)
+        gone = {member.node_id for member in lost}
+        sets = {part.replicas.old for part in ring.partitions() if isinstance(part.replicas, JointSet)}
+        sets |= {part.replicas for part in topology.ring_before().partitions() if not gone.isdisjoint(part.replicas)}
+        up = {self._node.node_id, *self._node.peers.usable} - gone
+        for replicas in sorted(sets):
+            if sum(name in up for name in replicas) < majority(len(replicas)):
+                missing = ", ".join(name for name in replicas if name not in up)
                 raise ChangeRefused(f"too few replicas are reachable to move their data: {missing} missing")
         return topology
 
@@ -215,6 +296,25 @@ class Changes:
         return await agreement.propose(change, PROPOSE_TIMEOUT_S)
 
     # --- bringing a change to its end
+
+    async def _tell(self) -> None:
+        """Says in the log how far this node is, for ever."""
+        brought = 0
+        while True:
+            await asyncio.sleep(TELL_S)
+            node, migration = self._node, self._node.migration
+            if node.known_topology.in_transition:
+                _log.info(
+                    "change_under_way",
+                    note=node.known_topology.note,
+                    ready=migration.ready,
+                    arcs=migration.arcs,
+                    arcs_done=migration.arcs_done,
+                    keys=migration.keys,
+                    bytes=migration.bytes,
+                    bytes_per_s=round((migration.bytes - brought) / TELL_S),
+                )
+            brought = migration.bytes
 
     async def _drive(self) -> None:
         """Voters bring the change under way to its end, for ever."""

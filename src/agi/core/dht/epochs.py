@@ -31,6 +31,7 @@ from agi.core.dht.protocol.messages import (
     TopologyNews,
 )
 from agi.core.dht.protocol.versioning import writer_id
+from agi.core.dht.recovery import Recovery
 from agi.core.dht.sessions import Session
 from agi.core.dht.topology import Member, Topology, unpack
 from agi.core.dht.transport.base import Link
@@ -67,6 +68,7 @@ class Epochs:
         self._since = 0
         self._votes = 0
         self.agreement: Agreement | None = None
+        self.recovery = Recovery(node, ledger, rng, adopt=self.adopt, announce=self._announce)
 
     def start(self, topology: Topology) -> None:
         node = self._node
@@ -231,7 +233,9 @@ class Epochs:
     async def _vote(self, session: Session, link: Link, request: EpochPrepare | EpochAccept) -> None:
         agreement = self._agreed()
         try:
-            if isinstance(request, EpochPrepare):
+            if request.generation:
+                reply = await self.recovery.vote(request)
+            elif isinstance(request, EpochPrepare):
                 reply = await agreement.prepare(request)
             else:
                 reply = await agreement.accept(request)

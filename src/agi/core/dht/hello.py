@@ -73,10 +73,12 @@ def check_hello(node: Node, boots: KnownBoots, theirs: Hello) -> None:
     if topology is None:
         return
     member = topology.by_id.get(theirs.name)
-    if member is not None and member.disk_id != theirs.disk_id:
+    asks_for_its_place = theirs.replaces == theirs.name and not theirs.topology
+    if member is not None and member.disk_id != theirs.disk_id and not asks_for_its_place:
         raise UnknownDisk(
-            f"{theirs.name} came with a disk that the cluster does not know: its data is not what it was; "
-            "it has to be replaced"
+            f"{theirs.name} came with a disk that the cluster does not know: this data folder does not hold what the old "
+            f"one acknowledged. If that is gone for good, start it with `--replace {theirs.name}`, or let "
+            f"`agi-dht remove {theirs.name}` take it out first"
         )
     if theirs.topology:
         node.epochs.hear_of(unpack(theirs.topology), theirs.name)

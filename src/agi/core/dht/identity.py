@@ -21,7 +21,7 @@ from agi.core.dht.topology import Topology, unpack
 T = TypeVar("T")
 
 _IDENTITY, _TOPOLOGY, _VOTE, _BOOTS, _ADDRESSES = "identity", "topology", "vote", "boots", "addresses"
-_ACCEPTOR, _HISTORY, _FLOORS = "acceptor", "history", "floors"
+_ACCEPTOR, _HISTORY, _FLOORS, _RECOVERY = "acceptor", "history", "floors", "recovery"
 
 HISTORY_EPOCHS_MAX = 100
 """Past epochs that a node remembers, for people."""
@@ -49,7 +49,8 @@ class Past(msgspec.Struct, frozen=True):
 
 
 class Promise(msgspec.Struct, frozen=True):
-    """What this node, as a voter, may not forget of one epoch (protocol/register.py)."""
+    """What this node, as a voter, may not forget of one epoch (protocol/register.py); in a recovery `epoch` is the
+    generation."""
 
     epoch: int
     promised: tuple[int, int]
@@ -138,6 +139,14 @@ class Ledger:
     async def store_promise(self, promise: Promise) -> None:
         """Durable before the reply that tells of it (D1)."""
         await self._put(_ACCEPTOR, msgspec.msgpack.encode(promise))
+
+    async def recovery(self) -> Promise | None:
+        raw = await self._store.get_meta(_RECOVERY)
+        return None if raw is None else _decode(raw, Promise)
+
+    async def store_recovery(self, promise: Promise) -> None:
+        """Durable before the reply that tells of it (D1)."""
+        await self._put(_RECOVERY, msgspec.msgpack.encode(promise))
 
     async def vote(self) -> Topology | None:
         raw = await self._store.get_meta(_VOTE)

@@ -26,7 +26,7 @@ import structlog
 from agi.core.dht.calls import Calls
 from agi.core.dht.clock import Clock
 from agi.core.dht.errors import DHTError, NotReady, Overloaded, ProtocolMismatch, StorageError, TransportError
-from agi.core.dht.joint import JointRing, JointSet, majority
+from agi.core.dht.joint import JointRing, JointSet
 from agi.core.dht.peers import Peers
 from agi.core.dht.protocol.exchange import SEND_KEYS_MAX, Entry, Span
 from agi.core.dht.protocol.floors import Floors, unpack
@@ -136,7 +136,7 @@ class Migration:
         await self._settle(placement)
         for replicas, spans in work.items():
             spans.sort()
-            enough = majority(len(replicas.old)) - (self._me in replicas.old)
+            enough = replicas.sources - (self._me in replicas.old)
             merged: set[str] = set()
             delay_s = RETRY_FIRST_S
             while len(merged) < enough:

@@ -79,7 +79,7 @@ from agi.core.dht.replica import Replica
 from agi.core.dht.replica_requests import ReplicaRequests
 from agi.core.dht.ring import Ring
 from agi.core.dht.scan import Scanner
-from agi.core.dht.sessions import Session, cut
+from agi.core.dht.sessions import Session, cut, say_goodbye
 from agi.core.dht.storage.base import StorageBackend
 from agi.core.dht.topology import JOINING, LEAVING, Member, Topology
 from agi.core.dht.transport.base import Link, Listener, Traffic, Transport
@@ -94,6 +94,8 @@ _log = structlog.get_logger("agi.core.dht.node")
 LINKS_MAX = 4096
 """Accepted links at one node; past it the longest waiting stranger is refused."""
 SETTLE_S = 1.0
+GOODBYE_S = 2.0
+"""A node that drains waits so long, but no longer than it drains, until its clients have closed their links."""
 
 
 Handler: TypeAlias = Callable[["Session", Link, Any], None]
@@ -314,9 +316,11 @@ class Node:
         self.detector.leave()
         for listener in self._listeners:
             await listener.close()
-        deadline = self.clock.monotonic() + drain_s
-        while self._busy() and self.clock.monotonic() < deadline:  # noqa: ASYNC110  # the hot path signals nobody
-            await asyncio.sleep(0.01)
+        say_goodbye(self._sessions.values())
+        now = self.clock.monotonic
+        deadline, parted = now() + drain_s, now() + min(drain_s, GOODBYE_S)
+        while (self._busy() and now() < deadline) or (self._clients() and now() < parted):
+            await asyncio.sleep(0.01)  # noqa: ASYNC110  # the hot path signals nobody
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -330,6 +334,9 @@ class Node:
         await self.replica.stop()
         await self.handoff.stop()
         await self.store.close()
+
+    def _clients(self) -> bool:
+        return any(kind == "client" for kind, _ in self._sessions)
 
     def _busy(self) -> bool:
         requests = self.coordinator is not None and self.coordinator.pending > 0
@@ -432,6 +439,7 @@ class Node:
                 members,
             ),
             vote,
+            config.cluster.replaces,
         )
         if config.cluster.force_start_without:
             _log.critical("forced_start", without=config.cluster.force_start_without)
@@ -566,6 +574,8 @@ class Node:
                 raise Overloaded(f"{self.node_id} has {LINKS_MAX} links already")
             if message.kind == "node":
                 self.check_hello(message)
+                if message.join:
+                    self.changes.asked_to_join(message)
             elif message.kind != "client":
                 raise ProtocolMismatch(f"a Hello comes from a node or a client, not {message.kind!r}")
             elif message.cluster and message.cluster != self.config.cluster.name:
@@ -578,7 +588,8 @@ class Node:
         key = (message.kind, message.name)
         session = self._sessions.get(key)
         if session is None:
-            member = message.kind == "node" and self.topology is not None and message.name in self.topology.by_id
+            known = self.topology.by_id.get(message.name) if self.topology is not None else None
+            member = message.kind == "node" and known is not None and known.disk_id == message.disk_id
             session = self._sessions[key] = Session(message.kind, message.name, member)
         session.links.append(link)
         self._links += 1
@@ -586,8 +597,6 @@ class Node:
         link.send(self.hello())
         if message.kind == "node":
             self.peers.heard_of(message)
-            if message.join:
-                self.changes.asked_to_join(message)
 
     # --- requests of clients
 

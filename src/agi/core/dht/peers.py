@@ -147,10 +147,11 @@ class Peers:
         """A peer has said hello on a link of its own: one that has just started or formed is not left to the backoff.
         Once for each, so that two that refuse each other do not keep each other awake."""
         peer = self.all.get(hello.name)
-        if peer is not None:
-            self._moved(peer, hello.address)
+        if peer is None or peer.member.disk_id != hello.disk_id:
+            return
+        self._moved(peer, hello.address)
         state = f"{hello.run_id}:{bool(hello.topology)}"
-        if peer is not None and peer.woken_by != state:
+        if peer.woken_by != state:
             peer.woken_by = state
             peer.wake.set()
 

@@ -109,8 +109,10 @@ class Queries:
             members.append(
                 {
                     "node_id": member.node_id,
+                    "disk_id": member.disk_id,
                     "address": member.address,
                     "weight": member.weight,
+                    "next_weight": member.next_weight,
                     "rack": member.rack,
                     "zone": member.zone,
                     "state": member.state,
@@ -127,6 +129,8 @@ class Queries:
             "digest": topology.digest,
             "voters": list(topology.voters),
             "note": topology.note,
+            "in_transition": topology.in_transition,
+            "lost": [member.node_id for member in topology.lost],
             "decided_ms": topology.decided_ms,
             "factor": topology.factor,
             "virtual_nodes": topology.virtual_nodes,
@@ -149,6 +153,7 @@ class Queries:
             "waiting_for": node.waiting_for,
             "boot": node.identity.boot,
             "epoch": node.topology.epoch if node.topology is not None else 0,
+            "generation": node.topology.generation if node.topology is not None else 0,
             "keys": stats.records,
             "keys_exact": stats.exact,
             "bytes": stats.bytes,

@@ -1,7 +1,7 @@
 """The process of one node: `python -m agi.core.dht.server --port 7000 --peers host:port,host:port`, or `agi-dht serve`.
 
-Announces itself as one JSON line on stdout once its ports are bound. SIGTERM drains and exits 0; an error at the start
-is one line on stderr and the error's exit code.
+Announces itself as one JSON line on stdout once its ports are bound. SIGTERM drains and exits 0; with `--leave` the
+node leaves the cluster first. An error at the start is one line on stderr and the error's exit code.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from agi.core.dht.admin.endpoints import admin_server
 from agi.core.dht.clock import SystemClock
 from agi.core.dht.commands import run
 from agi.core.dht.config import Config, load_config
+from agi.core.dht.departure import leave_when_told
 from agi.core.dht.errors import ConfigError, ConnectFailed, DHTError, Removed
 from agi.core.dht.node import Node
 from agi.core.dht.observability.logs import configure
@@ -43,6 +44,7 @@ _log = structlog.get_logger("agi.core.dht.server")
 FAREWELL_S = 3.0
 """A node that the cluster has let go tells clients so long that it is not ready: until each has asked for the topology
 again (session.REFRESH_S). What they send to a process that has ended may or may not have happened, for all they know."""
+LEAVE_TIMEOUT_S = 600.0
 SET_ASIDE_MAX = 100
 """Folders of a node that the cluster has let go; past it the last stays where it is, and refuses to start."""
 
@@ -62,7 +64,7 @@ def _store(config: Config, path: Path, node_id: str) -> StorageBackend:
     )
 
 
-async def _run(config: Config, stop_with_stdin: bool) -> None:
+async def _run(config: Config, stop_with_stdin: bool, leave_s: float = 0.0) -> None:
     options = {**dict(SERVER_OPTIONS), "grpc.so_reuseport": int(config.network.reuse_port)}
     server = aio.server(options=tuple(options.items()))
     wanted = format_address(config.network.host or "0.0.0.0", config.network.port)
@@ -112,8 +114,14 @@ async def _run(config: Config, stop_with_stdin: bool) -> None:
     service.start()
     await server.start()
     loop = asyncio.get_running_loop()
+    told = asyncio.Event()
+
+    def signalled() -> None:
+        (stop if told.is_set() or not leave_s else told).set()  # the second signal does not wait for the first
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, signalled)
+    leaving = loop.create_task(leave_when_told(node, told, stop, leave_s), name="leave")
     if stop_with_stdin:
         await loop.connect_read_pipe(lambda: _StdinWatch(stop), sys.stdin)
     announced = {
@@ -129,6 +137,7 @@ async def _run(config: Config, stop_with_stdin: bool) -> None:
     sys.stdout.write(json.dumps(announced) + "\n")
     sys.stdout.flush()
     await stop.wait()
+    leaving.cancel()
     service.withdraw()
     if fatal and isinstance(fatal[0], Removed):
         await asyncio.sleep(FAREWELL_S)
@@ -136,6 +145,7 @@ async def _run(config: Config, stop_with_stdin: bool) -> None:
     await service.stop()
     await server.stop(1.0)
     await admin.close()
+    await asyncio.gather(leaving, return_exceptions=True)
     if fatal and not isinstance(fatal[0], Removed):
         raise fatal[0]
     if fatal and config.storage.backend == "rocksdb":
@@ -184,11 +194,24 @@ def serve(
     replace: Annotated[
         str | None, typer.Option(metavar="NODE", help="Join in the place of this dead node.", show_default=False)
     ] = None,
+    leave: Annotated[
+        bool, typer.Option("--leave", help="At SIGTERM leave the cluster for good; a second one only stops.")
+    ] = False,
+    leave_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="With --leave: stop all the same after so long.")
+    ] = LEAVE_TIMEOUT_S,
     stop_with_stdin: Annotated[
         bool, typer.Option("--stop-with-stdin", help="Stop when stdin ends, so that no node outlives its launcher.")
     ] = False,
 ) -> None:
     """Run a node until SIGTERM or SIGINT.
+
+    With --leave its data is brought to the others first, as by `agi-dht leave`, and its folder is set aside: for nodes
+    that come and go. Where it cannot leave (fewer nodes than replicas would remain, no quorum of voters) it says so in
+    its log and only stops.
+
+    With --replace it takes the place of a dead member, whose data is copied from the other replicas; that may be the
+    one of its own id, on a new data folder, if the old one is gone for good.
 
     Settings come from here, then from DHT_* environment variables, then from the YAML file, then from the defaults.
 
@@ -217,7 +240,9 @@ def serve(
         overrides[key] = value
     loaded = load_config(config, os.environ, overrides)
     configure(loaded.observability.log_level, loaded.observability.log_format)
-    uvloop.run(_run(loaded, stop_with_stdin))
+    if leave_timeout <= 0:
+        raise ConfigError(f"--leave-timeout is above 0, not {leave_timeout:g}")
+    uvloop.run(_run(loaded, stop_with_stdin, leave_timeout if leave else 0.0))
 
 
 _app = typer.Typer(add_completion=False)

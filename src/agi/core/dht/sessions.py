@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from agi.core.dht.protocol.messages import Message
+import contextlib
+from collections.abc import Iterable
+
+from agi.core.dht.errors import Overloaded, TransportError
+from agi.core.dht.protocol.messages import Goodbye, Message
 from agi.core.dht.transport.base import Link
 from agi.core.dht.transport.codec import encode
 from agi.core.dht.types import BATCH_BYTES_MAX, BULK_VALUE_BYTES
@@ -26,6 +30,15 @@ class Session:
         if len(frame) >= BULK_VALUE_BYTES and len(self.links) > 1:
             link = self.links[-1] if link is self.links[0] else link
         link.send_frame(frame)
+
+
+def say_goodbye(sessions: Iterable[Session]) -> None:
+    """Tells clients that this node stops: they close their links when they have their answers."""
+    for session in sessions:
+        if session.kind == "client":
+            for link in session.links.copy():
+                with contextlib.suppress(TransportError, Overloaded):  # gone, or so far behind that it will notice
+                    link.send(Goodbye())
 
 
 def cut(records: list[bytes | None]) -> list[bytes | None]:

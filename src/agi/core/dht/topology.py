@@ -7,18 +7,22 @@ member sets give equal bytes and so equal hashes: nodes compare topologies by `d
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 
 import msgspec
 import xxhash
 
-from agi.core.dht.errors import ClusterError, StorageCorrupt
-from agi.core.dht.joint import JointRing
+from agi.core.dht.errors import ChangeRefused, ClusterError, StorageCorrupt
+from agi.core.dht.joint import JointRing, SurvivorRing
 from agi.core.dht.ring import Ring
 from agi.core.dht.types import Node, parse_address
 
 NORMAL, JOINING, LEAVING = "normal", "joining", "leaving"
+
+GENERATION_EPOCHS = 1000
+"""By so much the epoch jumps with the generation: the lost voters may have decided epochs that no survivor has heard
+of, and a message or a promise of one of those must not be taken for one of the new generation."""
 
 
 class Member(msgspec.Struct, frozen=True, array_like=True, order=True):
@@ -48,6 +52,8 @@ class Topology(msgspec.Struct, frozen=True, array_like=True, dict=True):
         voters: the nodes that decide the next epoch: 1, 3 or 5 of the `normal` members (T1).
         lineage: the digest of the first epoch, empty there: epochs of two clusters are never compared by number alone.
         note, decided_ms: for people: what this epoch changed, and when.
+        lost: while a change is under way, nodes that count no more at once, with nothing that they hold: those given up
+            in a recovery, or the old disk of a member that joins in its own place.
     """
 
     cluster: str
@@ -61,6 +67,7 @@ class Topology(msgspec.Struct, frozen=True, array_like=True, dict=True):
     lineage: str = ""
     note: str = ""
     decided_ms: int = 0
+    lost: tuple[Member, ...] = ()
 
     @classmethod
     def first(
@@ -71,8 +78,11 @@ class Topology(msgspec.Struct, frozen=True, array_like=True, dict=True):
         voters = choose_voters(ordered, ())
         return cls(cluster, 1, 1, factor, virtual_nodes, hash_algorithm, ordered, voters, note="formed")
 
-    def next(self, members: Sequence[Member], note: str, now_ms: int) -> Topology:
-        """The epoch after this one, with these members. Voters that are still normal members stay."""
+    def next(
+        self, members: Sequence[Member], note: str, now_ms: int, lost: tuple[Member, ...] | None = None
+    ) -> Topology:
+        """The epoch after this one, with these members. Voters that are still normal members stay, and so do the lost
+        unless others are given."""
         ordered = tuple(sorted(members))
         return msgspec.structs.replace(
             self,
@@ -82,30 +92,56 @@ class Topology(msgspec.Struct, frozen=True, array_like=True, dict=True):
             lineage=self.origin,
             note=note,
             decided_ms=now_ms,
+            lost=self.lost if lost is None else lost,
         )
 
     @property
     def in_transition(self) -> bool:
         """Whether a change of replica sets is under way: then everything needs quorums of the sets before and after."""
-        return any(member.state != NORMAL or member.next_weight for member in self.members)
+        return bool(self.lost) or any(member.state != NORMAL or member.next_weight for member in self.members)
+
+    @property
+    def recovering(self) -> bool:
+        """Whether the change under way makes the replicas of lost nodes anew: it cannot be undone."""
+        return any(member.node_id not in self.by_id for member in self.lost)
 
     def finished(self, now_ms: int) -> Topology:
-        """The final epoch of the change under way: those that join are in, those that leave are gone."""
+        """The final epoch of the change under way: those that join are in, those that leave or are lost are gone."""
         members = [
             msgspec.structs.replace(member, state=NORMAL, weight=member.next_weight or member.weight, next_weight=0.0)
             for member in self.members
             if member.state != LEAVING
         ]
-        return self.next(members, f"done: {self.note}", now_ms)
+        return self.next(members, f"done: {self.note}", now_ms, lost=())
 
     def undone(self, now_ms: int) -> Topology:
-        """The epoch that gives the change under way up: everything is as it was before."""
-        members = [
+        """The epoch that gives the change under way up: everything is as it was before. Raises ChangeRefused."""
+        if self.recovering:
+            raise ChangeRefused("a recovery cannot be undone: what was lost is not a member any more")
+        return self.next(self._before(), f"given up: {self.note}", now_ms, lost=())
+
+    def _before(self) -> list[Member]:
+        """The members as they were before the change under way."""
+        kept = [
             msgspec.structs.replace(member, state=NORMAL, next_weight=0.0)
             for member in self.members
             if member.state != JOINING
         ]
-        return self.next(members, f"given up: {self.note}", now_ms)
+        return [*kept, *(member for member in self.lost if not self.recovering)]
+
+    def without(self, names: Collection[str], note: str, now_ms: int) -> Topology:
+        """The epoch in which these nodes are given up for lost; a change under way is undone by it, a recovery under
+        way goes on with more to make anew."""
+        before = self._before()
+        gone = [member for member in before if member.node_id in names]
+        gone += self.lost if self.recovering else ()
+        left = [member for member in before if member.node_id not in names]
+        return self.next(left, note, now_ms, lost=tuple(sorted(gone)))
+
+    def recovered(self, lost: Collection[str], now_ms: int) -> Topology:
+        """The first epoch of the next generation (T12), in which these nodes are given up for lost."""
+        topology = self.without(lost, f"recovered without {', '.join(sorted(lost))}", now_ms)
+        return msgspec.structs.replace(topology, generation=self.generation + 1, epoch=self.epoch + GENERATION_EPOCHS)
 
     @property
     def origin(self) -> str:
@@ -146,12 +182,18 @@ class Topology(msgspec.Struct, frozen=True, array_like=True, dict=True):
 
     def ring(self) -> Ring | JointRing:
         """Who holds which key now: while a change is under way, the replicas before and after it."""
-        before = self._ring([(m, m.weight) for m in self.members if m.state != JOINING])
         if not self.in_transition:
-            return before
-        return JointRing(
-            before, self._ring([(m, m.next_weight or m.weight) for m in self.members if m.state != LEAVING])
-        )
+            return self._ring([(member, member.weight) for member in self.members])
+        before = self.ring_before()
+        after = self._ring([(m, m.next_weight or m.weight) for m in self.members if m.state != LEAVING])
+        if not self.lost:
+            return JointRing(before, after)
+        return JointRing(SurvivorRing(before, after, frozenset(member.node_id for member in self.lost)), after)
+
+    def ring_before(self) -> Ring:
+        """The ring before the change under way, the lost included."""
+        held = [member for member in self.members if member.state != JOINING]
+        return self._ring([(member, member.weight) for member in (*held, *self.lost)])
 
     def _ring(self, members: Sequence[tuple[Member, float]]) -> Ring:
         nodes = []

@@ -30,7 +30,20 @@ def test_the_state_of_every_node(dht: Any, cluster: Any) -> None:
         assert all(peer == {"connected": True, "status": "ALIVE", "error": ""} for peer in node["peers"].values())
         assert len(node["peers"]) == 2
     lines = dht("status").text.splitlines()
-    columns = ["node", "address", "state", "storage", "keys", "bytes", "epoch", "boot", "hints", "repaired", "tombstones", "peers"]
+    columns = [
+        "node",
+        "address",
+        "state",
+        "storage",
+        "keys",
+        "bytes",
+        "epoch",
+        "boot",
+        "hints",
+        "repaired",
+        "tombstones",
+        "peers",
+    ]
     assert lines[0].split() == columns
     assert len(lines) == 4 and all("ready" in line and line.endswith("2/2") for line in lines[1:])
     one = dht("status", "--connect", f"127.0.0.1:1,{cluster.cluster.addresses[2]}")

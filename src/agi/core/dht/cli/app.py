@@ -46,13 +46,20 @@ COMMANDS = {
     "dump": Lazy("agi.core.dht.cli.dump", "dump", "Write keys to a folder, or to a JSONL file."),
     "status": Lazy("agi.core.dht.cli.cluster", "status", "Show the state of every node."),
     "topology": Lazy(
-        "agi.core.dht.cli.cluster", "topology", "Show the epoch of the topology, its voters, and the epochs before it."
+        "agi.core.dht.cli.topology", "app", "Show the epoch of the topology, its voters, and the epochs before it."
     ),
     "ring": Lazy("agi.core.dht.cli.cluster", "ring", "Show each node's share of the keys."),
     "locate": Lazy("agi.core.dht.cli.cluster", "locate", "Show where a key lies and what each replica holds."),
     "repair": Lazy("agi.core.dht.cli.repair", "repair", "Compare all replicas now, and bring each what it has missed."),
     "leave": Lazy("agi.core.dht.cli.members", "leave", "Take a running node out of the cluster."),
     "remove": Lazy("agi.core.dht.cli.members", "remove", "Take a dead node out of the cluster."),
+    "replace": Lazy(
+        "agi.core.dht.cli.members",
+        "replace",
+        "Show how to start a new node in the place of a dead one, or wait for it.",
+    ),
+    "weight": Lazy("agi.core.dht.cli.members", "weight", "Give a node another share of the data."),
+    "plan": Lazy("agi.core.dht.cli.members", "plan", "Show what one more node would hold, and what would move to it."),
     "cancel": Lazy("agi.core.dht.cli.members", "cancel", "Undo the change of the members that is under way."),
     "wait-healthy": Lazy("agi.core.dht.cli.members", "wait_healthy", "Wait until replication is whole."),
     "config": Lazy("agi.core.dht.cli.settings", "app", "Check and show the settings of a node."),

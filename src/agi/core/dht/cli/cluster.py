@@ -34,9 +34,9 @@ def status(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json:
     with it. Tombstones: what was deleted or has expired, as the node last counted, and is not reclaimed yet.
 
     --json prints {"ready", "cluster", "epoch", "nodes": [{"node_id", "address", "reachable", "error", and if reachable
-    "ready", "waiting_for", "storage", "keys", "keys_exact", "bytes", "epoch", "boot", "hints": {node id: records kept
-    for it}, "repair": {"last_round_s", "unknown_ranges", "pending_keys"}, "reclaim":
-    {"floor_age_s", "tombstones", "oldest_tombstone_s", "reclaimed"}, "peers": {node id: {"connected", "status",
+    "ready", "waiting_for", "storage", "keys", "keys_exact", "bytes", "generation", "epoch", "boot", "hints": {node id:
+    records kept for it}, "repair": {"last_round_s", "unknown_ranges", "pending_keys"}, "reclaim": {"floor_age_s",
+    "tombstones", "oldest_tombstone_s", "reclaimed"}, "peers": {node id: {"connected", "status",
     "error"}}}]}; a peer's status is ALIVE, SUSPECT, DEAD or LEFT.
 
     Examples:
@@ -90,7 +90,7 @@ def _status_row(node: dict[str, Any]) -> tuple[str, ...]:
         node["storage"],
         f"{'' if node['keys_exact'] else '~'}{node['keys']}",
         output.size_text(node["bytes"]),
-        str(node["epoch"]),
+        str(node["epoch"]) if node.get("generation", 1) <= 1 else f"{node['epoch']} of generation {node['generation']}",
         str(node["boot"]),
         str(sum(node.get("hints", {}).values())),
         _repaired(node.get("repair", {}).get("last_round_s")),
@@ -187,42 +187,6 @@ def _members(topology: dict[str, Any]) -> list[Node]:
         labels = {label: member[label] for label in ("rack", "zone") if member[label]}
         nodes.append(Node(member["node_id"], host, port, member["weight"], topology["virtual_nodes"], labels))
     return nodes
-
-
-def topology(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json: AsJson = False) -> None:
-    """Show the epoch of the topology, its voters, and the epochs before it.
-
-    The members that an epoch names own the keys; its voters, 1, 3 or 5 of them, decide the next one by majority. The
-    history is that of one node: what it has adopted.
-
-    --json prints {"cluster", "generation", "epoch", "digest", "voters", "factor", "members": [{"node_id", "address",
-    "state", "status", "voter"}], "history": [{"generation", "epoch", "digest", "note", "decided_ms", "voters"}]}.
-
-    Example:
-
-        agi-dht topology
-    """
-    with connected(connect, timeout) as client:
-        found, history = client.topology(), client.history()
-    voters = set(found["voters"])
-    shown_of_each = ("node_id", "address", "state", "status")
-    members = [
-        {name: member[name] for name in shown_of_each} | {"voter": member["node_id"] in voters}
-        for member in found["members"]
-    ]
-    if as_json:
-        shown = {name: found[name] for name in ("cluster", "generation", "epoch", "digest", "voters", "factor")}
-        output.document({**shown, "members": members, "history": history})
-        return
-    epoch = f"epoch {found['epoch']} of generation {found['generation']}"
-    output.line(f"cluster {found['cluster']}, {epoch}, {found['factor']} replicas")
-    columns = ("node", "address", "state", "status", "voter")
-    rows = [(m["node_id"], m["address"], m["state"], m["status"], "yes" if m["voter"] else "") for m in members]
-    output.table(columns, rows)
-    output.table(
-        ("epoch", "decided", "what changed"),
-        [(str(past["epoch"]), output.time_text(past["decided_ms"]), past["note"]) for past in reversed(history)],
-    )
 
 
 def locate(

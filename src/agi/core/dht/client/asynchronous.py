@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from agi.core.dht.client.batches import Batch, Gathered, Kind, OpenBatch
-from agi.core.dht.client.changes import order_change, wait_change, wait_healthy
+from agi.core.dht.client.changes import MembershipCalls
 from agi.core.dht.client.members import MemberStates, StatusCallback
 from agi.core.dht.client.repairs import order_repairs
 from agi.core.dht.client.session import Session
@@ -44,7 +44,7 @@ HOLD_S = 0.001
 wait, beside memory it is not."""
 
 
-class DHTClient:
+class DHTClient(MembershipCalls):
     """A client of one cluster, for one event loop.
 
     Calls made in the same turn of the loop travel together, so `asyncio.gather` over many calls is nearly as fast as
@@ -446,41 +446,6 @@ class DHTClient:
         """
         names = sorted(self._live().nodes) if node_id is None else [node_id]
         return await order_repairs(self._live(), names, tokens, on_progress)
-
-    async def leave(self, node_id: str, *, force: bool = False, timeout: float = 600.0) -> dict[str, Any]:
-        """Takes a node out: its data is brought to those that hold it from then on, then its process ends. Returns the
-        topology when that is over. Raises ChangeRefused (another change is under way, the node is dead, fewer nodes
-        than replicas would remain and it is not forced), InvalidRequest (no such node), Unavailable."""
-        return await self._change("leave", node_id, force, timeout)
-
-    async def remove(self, node_id: str, *, force: bool = False, timeout: float = 600.0) -> dict[str, Any]:
-        """Takes a dead node out: what it held is brought to others from the replicas that remain. As `leave`."""
-        return await self._change("remove", node_id, force, timeout)
-
-    async def cancel_change(self, *, timeout: float = 60.0) -> dict[str, Any]:
-        """Undoes the change of the members that is under way, if there is one; returns the topology."""
-        return await self._change("cancel", "", False, timeout)
-
-    async def wait_healthy(self, timeout: float = 60.0) -> None:
-        """Returns when replication is whole: every member answers and is ready, no change is under way and no hint
-        waits. Raises Unavailable that says what is missing."""
-        self._live()
-        await wait_healthy(self.topology, self.status, timeout)
-
-    async def plan(self, what: str, node_id: str, *, force: bool = False) -> dict[str, Any]:
-        """What a "leave" or "remove" would move, which does not begin: {"note", "arcs": of the ring that change hands,
-        "moves": {node id: {"arcs", "share": of the ring, "keys", "bytes"}} of what each gains}. Keys and bytes are
-        estimates. Raises as `leave` does."""
-        return await order_change(self._live(), self._besides(node_id), what, node_id, force=force, dry_run=True)
-
-    def _besides(self, node_id: str) -> list[str]:
-        return [remote.node_id for remote in self._live().up if remote.node_id != node_id] or [node_id]
-
-    async def _change(self, what: str, node_id: str, force: bool, timeout: float) -> dict[str, Any]:
-        begun = await order_change(self._live(), self._besides(node_id), what, node_id, force=force)
-        if not begun["in_transition"]:
-            return await self.topology()
-        return await wait_change(self.topology, begun["epoch"], timeout)
 
     # --- inside
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -12,18 +13,22 @@ from agi.core.dht.client.session import Session
 from agi.core.dht.errors import DHTError, InvalidRequest, Unavailable
 
 POLL_S = 0.25
+PROGRESS_S = 1.0
+ORDER_TIMEOUT_S = 10.0
+
+Progress = Callable[[dict[str, Any]], object]
+"""Told, every second or so while a change runs, {"note", "arcs": to be filled on all nodes, "arcs_done", "keys",
+"bytes": brought so far}."""
 
 
-async def order_change(
-    session: Session, names: list[str], what: str, node_id: str, *, force: bool = False, dry_run: bool = False
-) -> dict[str, Any]:
-    """Asks one node after the other, since one may not be reachable. Raises the error with which the order was refused,
-    Unavailable where nobody took it."""
-    packed = msgspec.msgpack.encode({"what": what, "node": node_id, "force": force, "dry_run": dry_run})
+async def order_change(session: Session, names: list[str], order: dict[str, Any]) -> dict[str, Any]:
+    """Asks one node after the other, since one may not be reachable. `order` has the fields of the nodes'
+    `changes.Order`. Raises the error with which the order was refused, Unavailable where nobody took it."""
+    packed = msgspec.msgpack.encode(order)
     last: DHTError = Unavailable("no node is reachable")
     for name in names:
         try:
-            answer: dict[str, Any] = await session.query(name, "change", packed)
+            answer: dict[str, Any] = await session.query(name, "change", packed, ORDER_TIMEOUT_S)
         except Unavailable as error:
             last = error
         else:
@@ -31,22 +36,67 @@ async def order_change(
     raise last
 
 
-async def wait_change(topology_of: Callable[[], Any], epoch: int, timeout: float) -> dict[str, Any]:
-    """The topology once the change that this epoch began is over, done or undone. Raises Unavailable."""
-    try:
-        async with asyncio.timeout(timeout):
-            while True:
-                try:
-                    topology: dict[str, Any] = await topology_of()
-                except DHTError:
+class Watch:
+    """Follows a change to its end. `begin` it before the change, so that what was brought earlier does not count."""
+
+    def __init__(
+        self, topology_of: Callable[[], Any], status_of: Callable[[], Any], on_progress: Progress | None = None
+    ) -> None:
+        self._topology_of = topology_of
+        self._status_of = status_of
+        self._on_progress = on_progress
+        self._before: dict[str, dict[str, Any]] = {}
+
+    async def begin(self) -> None:
+        if self._on_progress is not None:
+            self._before = await self._changes()
+
+    async def _changes(self) -> dict[str, dict[str, Any]]:
+        states: dict[str, dict[str, Any]] = await self._status_of()
+        return {name: state["change"] for name, state in states.items() if "change" in state}
+
+    async def until_done(self, epoch: int, timeout: float) -> dict[str, Any]:
+        """The topology once the change that this epoch began is over, done or undone. Raises Unavailable."""
+        unfinished = f"the change that epoch {epoch} began is not over after {timeout:g} s: it goes on"
+        return await self._until(lambda topology: topology["epoch"] > epoch, timeout, unfinished)
+
+    async def until_gone(self, disk_id: str, timeout: float) -> dict[str, Any]:
+        """The topology once that disk is no member's. Raises Unavailable."""
+
+        def gone(topology: dict[str, Any]) -> bool:
+            return all(member["disk_id"] != disk_id for member in topology["members"])
+
+        return await self._until(gone, timeout, f"nobody has come in that place within {timeout:g} s")
+
+    async def _until(
+        self, condition: Callable[[dict[str, Any]], bool], timeout: float, unfinished: str
+    ) -> dict[str, Any]:
+        now = asyncio.get_running_loop().time
+        told = now()
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    with contextlib.suppress(DHTError):  # whoever was asked is on its way out; another is next
+                        topology: dict[str, Any] = await self._topology_of()
+                        if condition(topology) and not topology["in_transition"]:
+                            return topology
+                        if self._on_progress and topology["in_transition"] and now() - told >= PROGRESS_S:
+                            told = now()
+                            self._on_progress(self._sum(topology["note"], await self._changes()))
                     await asyncio.sleep(POLL_S)
-                    continue
-                under_way = any(member["state"] != "normal" for member in topology["members"])
-                if topology["epoch"] > epoch and not under_way:
-                    return topology
-                await asyncio.sleep(POLL_S)
-    except TimeoutError:
-        raise Unavailable(f"the change that epoch {epoch} began is not over after {timeout:g} s: it goes on") from None
+        except TimeoutError:
+            raise Unavailable(unfinished) from None
+
+    def _sum(self, note: str, states: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {"note": note, "arcs": 0, "arcs_done": 0, "keys": 0, "bytes": 0}
+        for name, state in states.items():
+            before = self._before.get(name, {})
+            found["arcs"] += state["arcs"]
+            found["arcs_done"] += state["arcs_done"]
+            for what in ("keys", "bytes"):
+                earlier = before.get(what, 0)
+                found[what] += state[what] - earlier if state[what] >= earlier else state[what]  # less: it restarted
+        return found
 
 
 def missing(topology: dict[str, Any], states: dict[str, dict[str, Any]]) -> list[str]:
@@ -54,6 +104,8 @@ def missing(topology: dict[str, Any], states: dict[str, dict[str, Any]]) -> list
     lines = [
         f"{member['node_id']} is {member['state']}" for member in topology["members"] if member["state"] != "normal"
     ]
+    if topology["in_transition"] and not lines:
+        lines.append(f"a change is under way: {topology['note']}")
     for name, state in sorted(states.items()):
         if "error" in state:
             lines.append(f"{name} does not answer: {state['error']}")
@@ -84,3 +136,117 @@ async def wait_healthy(topology_of: Callable[[], Any], status_of: Callable[[], A
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
         raise Unavailable(f"not healthy after {timeout:g} s: {'; '.join(lines)}") from None
+
+
+class MembershipCalls:
+    """What a client may order of the members."""
+
+    def _live(self) -> Session:
+        raise NotImplementedError
+
+    async def topology(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    async def status(self) -> dict[str, dict[str, Any]]:
+        raise NotImplementedError
+
+    async def leave(
+        self, node_id: str, *, force: bool = False, timeout: float = 600.0, on_progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Takes a node out: its data is brought to those that hold it from then on, then its process ends. Returns the
+        topology when that is over. Raises ChangeRefused (another change is under way, the node is dead, fewer nodes
+        than replicas would remain and it is not forced), InvalidRequest (no such node), Unavailable."""
+        return await self._change({"what": "leave", "node": node_id, "force": force}, timeout, on_progress)
+
+    async def remove(
+        self,
+        node_id: str,
+        *,
+        force: bool = False,
+        lose_data: bool = False,
+        timeout: float = 600.0,
+        on_progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Takes a dead node out: what it held is brought to others from the replicas that remain. As `leave`.
+
+        Args:
+            lose_data: although too few replicas of something remain: acknowledged writes that only the dead node held
+                are gone. It begins at once, and cannot be cancelled.
+        """
+        order = {"what": "remove", "node": node_id, "force": force, "lose_data": lose_data}
+        return await self._change(order, timeout, on_progress)
+
+    async def set_weight(
+        self, node_id: str, weight: float, *, timeout: float = 600.0, on_progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Gives a node another share of the ring, in proportion to the others' weights; only what moves with that is
+        moved. As `leave`."""
+        return await self._change({"what": "weight", "node": node_id, "weight": float(weight)}, timeout, on_progress)
+
+    async def recover(
+        self, lost: Sequence[str], *, confirm: str, timeout: float = 600.0, on_progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """After a majority of the voters is lost for ever: goes on without these nodes, by the consent of all others.
+        Acknowledged writes that only lost nodes held are gone. Ask `plan("recover", lost=...)` first.
+
+        Returns the topology when all replicas are made anew; its generation is one higher. Raises ChangeRefused (a
+        majority of the voters is reachable, a node named as lost lives, one not named is not reachable),
+        InvalidRequest, Unavailable, OutcomeUnknown (repeat it).
+
+        Args:
+            confirm: the name of the cluster.
+        """
+        return await self._change({"what": "recover", "lost": list(lost), "confirm": confirm}, timeout, on_progress)
+
+    async def wait_replaced(
+        self, node_id: str, *, timeout: float = 600.0, on_progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Returns the topology once another node, or the same one with another disk, has taken the place of this
+        member. Raises InvalidRequest (no such node), Unavailable."""
+        watch = Watch(self.topology, self.status, on_progress)
+        await watch.begin()
+        topology = await self.topology()
+        disks = {member["node_id"]: member["disk_id"] for member in topology["members"]}
+        if node_id not in disks:
+            raise InvalidRequest(f"there is no node {node_id!r} in the cluster")
+        return await watch.until_gone(disks[node_id], timeout)
+
+    async def cancel_change(self, *, timeout: float = 60.0) -> dict[str, Any]:
+        """Undoes the change of the members that is under way, if there is one; returns the topology. Raises
+        ChangeRefused in a recovery."""
+        return await self._change({"what": "cancel"}, timeout, None)
+
+    async def wait_healthy(self, timeout: float = 60.0) -> None:
+        """Returns when replication is whole: every member answers and is ready, no change is under way and no hint
+        waits. Raises Unavailable that says what is missing."""
+        self._live()
+        await wait_healthy(self.topology, self.status, timeout)
+
+    async def plan(
+        self,
+        what: str,
+        node_id: str = "",
+        *,
+        force: bool = False,
+        weight: float = 0.0,
+        rack: str = "",
+        zone: str = "",
+        lost: Sequence[str] = (),
+    ) -> dict[str, Any]:
+        """What a "leave", "remove", "weight", "join", "replace" or "recover" would move, which does not begin: {"note",
+        "arcs": of the ring that change hands, "moves": {node id: {"arcs", "share": of the ring, "keys", "bytes"}} of
+        what each gains, "shares": {node id: {"before", "after", "ideal"}} of the ring of which it holds a replica}; of
+        a recovery more (plans.py). Keys and bytes are estimates. Raises as the change itself does."""
+        order = {"what": what, "node": node_id, "force": force, "weight": float(weight), "rack": rack, "zone": zone}
+        return await order_change(self._live(), self._besides(node_id), {**order, "lost": list(lost), "dry_run": True})
+
+    def _besides(self, node_id: str) -> list[str]:
+        return [remote.node_id for remote in self._live().up if remote.node_id != node_id] or [node_id]
+
+    async def _change(self, order: dict[str, Any], timeout: float, on_progress: Progress | None) -> dict[str, Any]:
+        watch = Watch(self.topology, self.status, on_progress)
+        await watch.begin()
+        begun = await order_change(self._live(), self._besides(order.get("node", "")), order)
+        if not begun["in_transition"]:
+            return await self.topology()
+        return await watch.until_done(begun["epoch"], timeout)

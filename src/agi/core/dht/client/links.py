@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from agi.core.dht.errors import DHTError
+from agi.core.dht.errors import DHTError, LinkClosed
 from agi.core.dht.transport.base import Link
 
 if TYPE_CHECKING:
@@ -42,3 +42,29 @@ class Asking:
 
     def link_closed(self, link: Link, error: DHTError | None) -> None:
         self._ended(link)
+
+
+class Farewells:
+    """Nodes that have said that they stop. They get nothing new, answer what they have, and are then hung up on from
+    here: so nothing is ever on its way to a node that does not listen any more, of which nobody could say whether it
+    was done."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._parting: list[Remote] = []
+
+    def begin(self, remote: Remote | None) -> None:
+        """That node stops."""
+        if remote is None or not remote.links:
+            return
+        remote.parting, remote.links = remote.links, []
+        self._session.up = [other for other in self._session.up if other is not remote]
+        self._parting.append(remote)
+
+    def look(self) -> None:
+        """Hangs up where nothing is owed any more."""
+        for remote in self._parting.copy():
+            if not remote.parting:
+                self._parting.remove(remote)
+            elif not self._session.awaits(remote):
+                self._session.link_lost(remote, remote.parting[0], LinkClosed(f"{remote.node_id} stops"))

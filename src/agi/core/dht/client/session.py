@@ -12,7 +12,6 @@ import contextlib
 import logging
 import random
 from collections.abc import Callable, Coroutine
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import msgspec
 
 from agi.core.dht.client.batches import Batch, Kind
 from agi.core.dht.client.direct import DIRECT_KEYS_MAX, DirectReads
+from agi.core.dht.client.links import Asking, Farewells, NodeHandler
 from agi.core.dht.clock import Clock
 from agi.core.dht.errors import (
     ClientClosed,
@@ -39,6 +39,7 @@ from agi.core.dht.protocol.latency import Quantile
 from agi.core.dht.protocol.messages import (
     DeleteReply,
     GetReply,
+    Goodbye,
     Hello,
     Message,
     PutReply,
@@ -73,6 +74,8 @@ class Remote:
         self.node_id = node_id
         self.address = address
         self.links: list[Link] = []
+        self.parting: list[Link] = []
+        """Links on which nothing is sent any more: the node stops, and answers what it has (links.py)."""
         self.run_id = ""
         self.failed = False
         """Whether a try to connect has failed."""
@@ -147,9 +150,11 @@ class Session:
         self.up: list[Remote] = []
         """Connected nodes, sorted by name."""
         self.direct = DirectReads(self)
+        self._farewells = Farewells(self)
         self.epoch = 0
         self.replica_count = 0
         self.direct_reads = True  # not while members change: coordinators know both replica sets
+        self._leaving: set[str] = set()
         self.ring: Ring | None = None
         """None while every node holds every key."""
         self.topology: dict[str, Any] = {}
@@ -203,7 +208,7 @@ class Session:
 
     async def _learn(self, address: str) -> None:
         """Asks one node for the topology over its gRPC port."""
-        link, _ = await self._greet(self._seed, address, _Asking(self))
+        link, _ = await self._greet(self._seed, address, Asking(self))
         try:
             self.adopt(await self._query(link, "", Query(0, "topology", int(QUERY_TIMEOUT_S * 1000))))
         finally:
@@ -221,7 +226,8 @@ class Session:
         members = {member["node_id"]: member for member in topology["members"]}
         self.epoch, states = topology["epoch"], [member["state"] for member in members.values()]
         self.replica_count = min(topology["factor"], len(states) - states.count("joining"))
-        self.direct_reads = set(states) == {"normal"}
+        self.direct_reads = not topology["in_transition"]
+        self._leaving = {name for name, member in members.items() if member["state"] == "leaving"}
         for name in [name for name in self.nodes if name not in members]:
             self._drop(self.nodes.pop(name))
         for name, member in members.items():
@@ -291,7 +297,7 @@ class Session:
             await remote.down.wait()
 
     async def _connect(self, remote: Remote) -> None:
-        handler = _NodeHandler(self, remote)
+        handler = NodeHandler(self, remote)
         seed, hello = await self._greet(self._seed, remote.address, handler)
         if hello.name != remote.node_id:
             seed.close()
@@ -317,7 +323,7 @@ class Session:
         remote.down.clear()
         self.up = sorted([*self.up, remote], key=lambda known: known.node_id)
 
-    async def _connect_data(self, hello: Hello, handler: _NodeHandler) -> Link:
+    async def _connect_data(self, hello: Hello, handler: NodeHandler) -> Link:
         address = hello.data_address
         if self._unix and hello.unix_path and Path(hello.unix_path).is_socket():  # noqa: ASYNC240  # once a link
             with contextlib.suppress(ConnectFailed):  # another machine's path may exist here too
@@ -341,9 +347,9 @@ class Session:
             self._no_links.set()
 
     def link_lost(self, remote: Remote, link: Link, error: DHTError | None) -> None:
-        if link not in remote.links:
+        if link not in remote.links and link not in remote.parting:
             return
-        links, remote.links = remote.links, []
+        links, remote.links, remote.parting = remote.links + remote.parting, [], []
         self.up = [other for other in self.up if other is not remote]
         for other in links:
             other.close()
@@ -375,6 +381,11 @@ class Session:
             self._unknown(batch, LinkClosed(f"{remote.node_id} was lost"))
 
     # --- batches
+
+    def awaits(self, remote: Remote) -> bool:
+        """Whether that node owes this client an answer."""
+        name = remote.node_id
+        return any(b.node == name for b in self._batches.values()) or any(n == name for n, _ in self._queries.values())
 
     @property
     def writing(self) -> bool:
@@ -419,6 +430,8 @@ class Session:
 
     def _coordinate(self, batch: Batch, avoid: set[str]) -> None:
         self._turn += 1
+        if self._leaving:  # they would only say that they are not ready
+            avoid = avoid | self._leaving
         up = [remote for remote in self.up if remote.node_id not in avoid] or self.up
         if not up:
             self._later(batch, Unavailable("no node is reachable"))
@@ -507,6 +520,8 @@ class Session:
             _, future = self._queries.get(message.id, ("", None))
             if future is not None and not future.done():
                 future.set_result(message)
+        elif isinstance(message, Goodbye):
+            self._farewells.begin(remote)
         else:
             raise ProtocolMismatch(f"{type(message).__name__} is no reply")
 
@@ -557,6 +572,7 @@ class Session:
     def _tick(self) -> None:
         now = self.clock.monotonic()
         self.direct.look(now)
+        self._farewells.look()
         for number in self._wheel.advance(now):
             batch = self._batches.pop(number, None)
             if batch is not None:
@@ -672,29 +688,3 @@ class Session:
 def _ended(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         _log.critical("the task %s failed", task.get_name(), exc_info=error)
-
-
-class _NodeHandler:
-    def __init__(self, session: Session, remote: Remote) -> None:
-        self._receive = partial(session.receive, remote)
-        self._lost = partial(session.link_lost, remote)
-        self._ended = session.link_ended
-
-    def message(self, link: Link, message: msgspec.Struct) -> None:
-        self._receive(message)
-
-    def link_closed(self, link: Link, error: DHTError | None) -> None:
-        self._ended(link)
-        self._lost(link, error)
-
-
-class _Asking:
-    def __init__(self, session: Session) -> None:
-        self._receive = partial(session.receive, None)
-        self._ended = session.link_ended
-
-    def message(self, link: Link, message: msgspec.Struct) -> None:
-        self._receive(message)
-
-    def link_closed(self, link: Link, error: DHTError | None) -> None:
-        self._ended(link)

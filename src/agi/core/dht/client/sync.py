@@ -27,6 +27,7 @@ from typing import Any, Self, TypeVar, overload
 import uvloop
 
 from agi.core.dht.client.asynchronous import DHTClient
+from agi.core.dht.client.changes import Progress
 from agi.core.dht.client.mapping import RAW, Codec, MappingView
 from agi.core.dht.client.members import StatusCallback
 from agi.core.dht.clock import Clock
@@ -414,17 +415,57 @@ class SyncDHTClient:
         """As `DHTClient.repair`; `on_progress` is called in the client's own thread."""
         return self._call(self._client.repair(node_id, tokens, on_progress))
 
-    def leave(self, node_id: str, *, force: bool = False, timeout: float = 600.0) -> dict[str, Any]:
-        """As `DHTClient.leave`."""
-        return self._call(self._client.leave(node_id, force=force, timeout=timeout))
+    def leave(
+        self, node_id: str, *, force: bool = False, timeout: float = 600.0, on_progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """As `DHTClient.leave`; `on_progress` is called in the client's own thread, here and below."""
+        return self._call(self._client.leave(node_id, force=force, timeout=timeout, on_progress=on_progress))
 
-    def remove(self, node_id: str, *, force: bool = False, timeout: float = 600.0) -> dict[str, Any]:
+    def remove(
+        self,
+        node_id: str,
+        *,
+        force: bool = False,
+        lose_data: bool = False,
+        timeout: float = 600.0,
+        on_progress: Progress | None = None,
+    ) -> dict[str, Any]:
         """As `DHTClient.remove`."""
-        return self._call(self._client.remove(node_id, force=force, timeout=timeout))
+        return self._call(
+            self._client.remove(node_id, force=force, lose_data=lose_data, timeout=timeout, on_progress=on_progress)
+        )
 
-    def plan(self, what: str, node_id: str, *, force: bool = False) -> dict[str, Any]:
+    def set_weight(
+        self, node_id: str, weight: float, *, timeout: float = 600.0, on_progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """As `DHTClient.set_weight`."""
+        return self._call(self._client.set_weight(node_id, weight, timeout=timeout, on_progress=on_progress))
+
+    def recover(
+        self, lost: Sequence[str], *, confirm: str, timeout: float = 600.0, on_progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """As `DHTClient.recover`."""
+        return self._call(self._client.recover(lost, confirm=confirm, timeout=timeout, on_progress=on_progress))
+
+    def plan(
+        self,
+        what: str,
+        node_id: str = "",
+        *,
+        force: bool = False,
+        weight: float = 0.0,
+        rack: str = "",
+        zone: str = "",
+        lost: Sequence[str] = (),
+    ) -> dict[str, Any]:
         """As `DHTClient.plan`."""
-        return self._call(self._client.plan(what, node_id, force=force))
+        return self._call(self._client.plan(what, node_id, force=force, weight=weight, rack=rack, zone=zone, lost=lost))
+
+    def wait_replaced(
+        self, node_id: str, *, timeout: float = 600.0, on_progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """As `DHTClient.wait_replaced`."""
+        return self._call(self._client.wait_replaced(node_id, timeout=timeout, on_progress=on_progress))
 
     def cancel_change(self, *, timeout: float = 60.0) -> dict[str, Any]:
         """As `DHTClient.cancel_change`."""

@@ -56,6 +56,7 @@ class Bootstrap:
         without: addresses that an operator declared dead for this start.
         first: makes epoch 1 over the given members.
         vote: the vote stored by an earlier start, if any.
+        replaces: the member whose place this node is to take; it may be the one of its own name, with another disk.
     """
 
     def __init__(
@@ -65,8 +66,10 @@ class Bootstrap:
         without: Iterable[str],
         first: Callable[[list[Member]], Topology],
         vote: Topology | None,
+        replaces: str = "",
     ) -> None:
         self._me = me
+        self._replaces = replaces
         self._lists: dict[str, tuple[str, ...]] = {me.node_id: tuple(addresses)}
         self._without = frozenset(without)
         self._first = first
@@ -137,13 +140,16 @@ class Bootstrap:
 
     def _formed(self, address: str, topology: Topology) -> StoreTopology | None:
         mine = topology.by_id.get(self._me.node_id)
-        if mine is None:
+        if mine is None or (mine.disk_id != self._me.disk_id and self._replaces == mine.node_id):
             self._found[address] = topology.origin
             if len(set(self._found.values())) > 1:
                 raise ClusterError(f"the peers {', '.join(sorted(self._found))} belong to different clusters")
             raise HelloRefused(f"asking the cluster at {address} to be taken in")
         if mine.disk_id != self._me.disk_id:
-            raise ClusterError(f"the cluster at {address} knows {self._me.node_id} with another disk: replace it")
+            raise ClusterError(
+                f"the cluster at {address} knows {mine.node_id} with another disk: start it with `--replace "
+                f"{mine.node_id}`, or remove {mine.node_id} first"
+            )
         return StoreTopology(topology)
 
     def voted(self, topology: Topology) -> None:

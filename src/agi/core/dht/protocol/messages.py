@@ -84,6 +84,11 @@ class Pong(Message):
     pass
 
 
+class Goodbye(Message):
+    """A node that stops says so to its clients: it answers what it has and refuses what still comes. A client sends
+    nothing more, and closes the link when it has its answers."""
+
+
 # --- client to node
 
 
@@ -319,12 +324,14 @@ class ViewState(Message):
 
 class EpochPrepare(Message):
     """Will you take part in deciding this epoch under this ballot? `base` is the packed topology before it, so that a
-    voter that has not heard of it yet can vote."""
+    voter that has not heard of it yet can vote. `generation`: of a recovery, which each survivor is asked for
+    (recovery.py); else 0."""
 
     id: int
     epoch: int
     ballot: tuple[int, int]
     base: bytes
+    generation: int = 0
 
 
 class EpochAccept(Message):
@@ -334,6 +341,7 @@ class EpochAccept(Message):
     epoch: int
     ballot: tuple[int, int]
     value: bytes
+    generation: int = 0
 
 
 class EpochReply(Message):
@@ -536,6 +544,7 @@ KINDS: dict[int, type[Message]] = {
     2: Refused,
     3: Ping,
     4: Pong,
+    5: Goodbye,
     10: Get,
     11: GetReply,
     12: Put,
