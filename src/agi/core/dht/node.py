@@ -81,6 +81,7 @@ from agi.core.dht.ring import Ring
 from agi.core.dht.scan import Scanner
 from agi.core.dht.sessions import Session, cut, say_goodbye
 from agi.core.dht.storage.base import StorageBackend
+from agi.core.dht.tasks import end
 from agi.core.dht.topology import JOINING, LEAVING, Member, Topology
 from agi.core.dht.transport.base import Link, Listener, Traffic, Transport
 from agi.core.dht.types import (
@@ -319,11 +320,9 @@ class Node:
         say_goodbye(self._sessions.values())
         now = self.clock.monotonic
         deadline, parted = now() + drain_s, now() + min(drain_s, GOODBYE_S)
-        while (self._busy() and now() < deadline) or (self._clients() and now() < parted):
-            await asyncio.sleep(0.01)  # noqa: ASYNC110  # the hot path signals nobody
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while (self._busy() and now() < deadline) or (self._clients() and now() < parted):  # noqa: ASYNC110  # nobody signals
+            await asyncio.sleep(0.01)
+        await end(self._tasks)
         if self.scanner is not None:
             await self.scanner.stop()
         self.detector.stop()

@@ -19,6 +19,7 @@ from agi.core.dht.clock import Clock
 from agi.core.dht.errors import DHTError, LinkClosed, NotReady, ProtocolMismatch
 from agi.core.dht.protocol.latency import Quantile
 from agi.core.dht.protocol.messages import Hello
+from agi.core.dht.tasks import end
 from agi.core.dht.topology import Member
 from agi.core.dht.transport.base import Link, Transport
 from agi.core.dht.transport.handshake import Nobody, greet
@@ -176,9 +177,7 @@ class Peers:
 
     async def stop(self) -> None:
         self._stopping = True
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await end(self._tasks.values())
         for peer in self.all.values():
             for link in peer.links:
                 link.close()

@@ -28,6 +28,7 @@ from agi.core.dht.protocol.messages import FRESH, REPAIR, WireError
 from agi.core.dht.protocol.record import EXPIRES, FLAGS, HEADER, expires_ms_of, hlc_of, is_live, shrink
 from agi.core.dht.protocol.versioning import HLC, physical_ms
 from agi.core.dht.storage.base import Batch, Page, StorageBackend
+from agi.core.dht.tasks import end
 
 _log = structlog.get_logger("agi.core.dht.replica")
 
@@ -86,9 +87,7 @@ class Replica:
             self._spawn(self._remote_writer())
 
     async def stop(self) -> None:
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(self._tasks)
 
     def now_ms(self) -> int:
         """What fresh versions are judged by: the wall clock, or the newest version seen where that is ahead (V3)."""

@@ -45,6 +45,7 @@ from agi.core.dht.protocol.record import is_live
 from agi.core.dht.replica import Replica
 from agi.core.dht.ring import Ring
 from agi.core.dht.storage.base import Page
+from agi.core.dht.tasks import end
 from agi.core.dht.topology import Topology
 from agi.core.dht.types import BATCH_BYTES_MAX, SCAN_LIMIT_MAX, Consistency
 
@@ -146,9 +147,7 @@ class Scanner:
         return len(self._tasks)
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(self._tasks)
 
     async def _run(self, request: Scan, level: Consistency, reply: Callable[[Message], object], trace: str) -> None:
         started = self._clock.monotonic()

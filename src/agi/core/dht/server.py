@@ -43,7 +43,7 @@ _log = structlog.get_logger("agi.core.dht.server")
 
 FAREWELL_S = 3.0
 """A node that the cluster has let go tells clients so long that it is not ready: until each has asked for the topology
-again (session.REFRESH_S). What they send to a process that has ended may or may not have happened, for all they know."""
+again (session.REFRESH_S). What they send to a process that has ended may have happened, for all they know."""
 LEAVE_TIMEOUT_S = 600.0
 SET_ASIDE_MAX = 100
 """Folders of a node that the cluster has let go; past it the last stays where it is, and refuses to start."""

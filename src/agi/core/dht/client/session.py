@@ -52,6 +52,7 @@ from agi.core.dht.protocol.messages import (
 )
 from agi.core.dht.protocol.timers import TICK_S, TimerWheel
 from agi.core.dht.ring import Ring
+from agi.core.dht.tasks import end
 from agi.core.dht.transport.base import Link, LinkHandler, Transport
 from agi.core.dht.transport.codec import encode
 from agi.core.dht.transport.handshake import greet
@@ -653,9 +654,7 @@ class Session:
         self.closed = True
         error = ClientClosed("the client was closed")
         tasks = [task for task in (self._refresher, *(r.task for r in self.nodes.values())) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(tasks)
         if self._timer is not None:
             self._timer.cancel()
         lost = [batch for batches in self._lost.values() for batch in batches]

@@ -29,6 +29,7 @@ from agi.core.dht.errors import ConnectFailed, DHTError, LinkClosed, Overloaded,
 from agi.core.dht.proto.dht_pb2 import DESCRIPTOR, Frame
 from agi.core.dht.proto.dht_pb2_grpc import DHTStub
 from agi.core.dht.protocol.messages import Message, Ping, Pong
+from agi.core.dht.tasks import end
 from agi.core.dht.transport.base import (
     CONNECT_TIMEOUT_S,
     IDLE_TIMEOUT_S,
@@ -329,9 +330,7 @@ class _TunnelLink(Link):
                 self._look_for_silence()
         finally:
             self.end(LinkClosed(f"the link to {self.peer} broke"))  # where the call itself was cancelled
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end(tasks)
             self._queue.clear()
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
