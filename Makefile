@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 WORKERS ?= 2
 STORAGE ?= memory,rocksdb
 
-.PHONY: run test bench sim sim-mutants sim-scale check format proto lock system-packages clean help
+.PHONY: run test bench sim sim-mutants sim-scale chaos check format proto lock system-packages clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -30,9 +30,13 @@ sim: $(STAMP)  ## the cluster simulation: SEEDS=n, or one seed: SEED=k [FORMATIO
 sim-mutants: $(STAMP)  ## planted bugs, each of which the simulation must catch: SEEDS=n to try on each
 	@$(BIN)/python -m tests.core.dht.simulation.mutants --seeds $(or $(SEEDS),200)
 
-sim-scale: $(STAMP)  ## failure detection and the ring at 10 to 5000 members: SIZES=10,100, PRESET=lan, JSON=1
+sim-scale: $(STAMP)  ## failure detection, ring and topology at 10 to 5000 members: SIZES=10,100, PRESET=lan, JSON=1, PLOTS=dir
 	@$(BIN)/python -m agi.core.dht.testing.scale $(if $(SIZES),--sizes $(SIZES)) $(if $(PRESET),--preset $(PRESET)) \
-	  $(if $(JSON),--json)
+	  $(if $(JSON),--json) $(if $(RESULT),--result $(RESULT)) $(if $(PLOTS),--plots $(PLOTS))
+
+chaos: $(STAMP) system-packages  ## real nodes killed, frozen, cut off, filled up: CHAOS_SECONDS=180, SEED=k, REPORT=file
+	@$(BIN)/python -m agi.core.dht.testing.chaos --seconds $(or $(CHAOS_SECONDS),180) $(if $(SEED),--seed $(SEED)) \
+	  $(if $(NODES),--nodes $(NODES)) $(if $(REPORT),--report $(REPORT)) $(if $(NO_NETWORK),--no-network)
 
 bench: $(STAMP)  ## speed, memory and RocksDB; BARE=program to hold it against, ROUNDS, SECONDS, STORAGE, JSON=file
 	@$(BIN)/python bench/limit.py $(if $(BARE),--bare $(BARE)) --rounds $(or $(ROUNDS),7) \

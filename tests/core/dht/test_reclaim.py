@@ -120,6 +120,24 @@ async def test_an_old_put_hint_or_repair_does_not_bring_back_what_was_reclaimed(
         assert await client.get("k") == b"v2"
 
 
+async def test_a_batch_of_which_a_part_comes_too_late_is_taken_for_the_rest() -> None:
+    async with Cluster(3, settings=SETTINGS) as cluster:
+        client = await cluster.client()
+        old = pack(b"k", b"v1", from_ms(now_ms()), 7)
+        await asyncio.sleep(0.003)
+        await client.delete("k", consistency=Consistency.ALL)
+        await client.put("held", b"v", consistency=Consistency.ALL)
+        await round_(cluster)
+        for node in cluster.living():
+            await node.antientropy.keeper.fold()  # from now on a look at the oldest record tells what is pending
+        new = pack(b"held", b"w", from_ms(now_ms() + 5), 7)
+        message = ReplicaWrite(0, 1, "t", HINT, [b"held", b"k"], [new, old])
+        await cluster.node(0).calls.call("n1", message)
+        assert cluster.held("k")[1] is None and cluster.held("held")[1] == new
+        await cluster.node(1).antientropy.keeper.fold()
+        assert not cluster.fatal
+
+
 async def test_a_put_by_a_clock_that_lags_behind_the_seal_is_stamped_anew() -> None:
     async with Cluster(3, settings=SETTINGS) as cluster:
         version = await round_(cluster)

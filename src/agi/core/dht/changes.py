@@ -28,6 +28,7 @@ from agi.core.dht.plans import plan, plan_recovery
 from agi.core.dht.protocol.messages import ChangeState, ChangeStateReply, Hello
 from agi.core.dht.protocol.versioning import node_hash
 from agi.core.dht.ring import VNODES_MAX, check_node_hashes
+from agi.core.dht.tasks import all_of
 from agi.core.dht.topology import JOINING, LEAVING, NORMAL, Member, Topology
 from agi.core.dht.transport.handshake import Nobody, greet
 from agi.core.dht.treekeeper import Own
@@ -386,7 +387,7 @@ class Changes:
         """Every node that stays or joins holds all that it is to hold: then a majority of each old set has adopted the
         transition too, since each of them was filled from one (T4, T6)."""
         names = [member.node_id for member in topology.members if member.state != LEAVING]
-        states = await asyncio.gather(*(self._ready(name, topology.epoch) for name in names))
+        states = await all_of(self._ready(name, topology.epoch) for name in names)
         return all(states)
 
     async def _ready(self, name: str, epoch: int) -> bool:

@@ -76,8 +76,8 @@ def check_hello(node: Node, boots: KnownBoots, theirs: Hello) -> None:
     asks_for_its_place = theirs.replaces == theirs.name and not theirs.topology
     if member is not None and member.disk_id != theirs.disk_id and not asks_for_its_place:
         raise UnknownDisk(
-            f"{theirs.name} came with a disk that the cluster does not know: this folder does not hold what the old one "
-            f"acknowledged. If that is gone for good, start it with `--replace {theirs.name}`, or let "
+            f"{theirs.name} came with a disk that the cluster does not know: this folder does not hold what the old "
+            f"one acknowledged. If that is gone for good, start it with `--replace {theirs.name}`, or let "
             f"`agi-dht remove {theirs.name}` take it out first"
         )
     if theirs.topology:

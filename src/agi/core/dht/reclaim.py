@@ -16,8 +16,8 @@ from __future__ import annotations
 import asyncio
 import random
 from bisect import bisect_right
-from collections.abc import Callable, Coroutine, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -40,6 +40,7 @@ from agi.core.dht.protocol.record import FLAGS, hlc_of
 from agi.core.dht.protocol.versioning import physical_ms
 from agi.core.dht.ring import TOKENS, Partition, Ring
 from agi.core.dht.sessions import Session
+from agi.core.dht.tasks import all_of
 from agi.core.dht.topology import Topology
 from agi.core.dht.transport.base import Link
 from agi.core.dht.treekeeper import Own, joined
@@ -171,23 +172,13 @@ class Reclaimer:
         epoch = topology.epoch
         for step, timeout_s in ((SEAL, STEP_TIMEOUT_S), (CLOSE, CLOSE_TIMEOUT_S), (RECLAIM, STEP_TIMEOUT_S)):
             async with asyncio.timeout(timeout_s):
-                await self._gather(
+                await all_of(
                     [self._order(name, ReclaimStep(0, epoch, step, version, absent)) for name in others]
                     + [self._step(node.node_id, ReclaimStep(0, epoch, step, version, absent), wait=True)]
                 )
         self.rounds += 1
         _log.debug("round_done", version=version, replicas=len(names), absent=absent)
         return version
-
-    @staticmethod
-    async def _gather(steps: Iterable[Coroutine[Any, Any, None]]) -> None:
-        tasks = [asyncio.ensure_future(step) for step in steps]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _order(self, name: str, message: ReclaimStep) -> None:
         """That replica has taken the step."""

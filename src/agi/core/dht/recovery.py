@@ -28,6 +28,7 @@ from agi.core.dht.joint import majority
 from agi.core.dht.protocol.messages import EpochAccept, EpochPrepare, EpochReply
 from agi.core.dht.protocol.register import Accept, Acceptor, Ballot, Chosen, Preempted, Proposer, Reply, State
 from agi.core.dht.protocol.versioning import writer_id
+from agi.core.dht.tasks import all_of
 from agi.core.dht.topology import GENERATION_EPOCHS, JOINING, Topology, unpack
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ class Recovery:
         self, names: list[str], request: EpochPrepare | EpochAccept, take: Take
     ) -> Accept | Chosen | Preempted | None:
         """Asks every survivor. Raises the first error; None where a newer topology was heard of."""
-        answers = await asyncio.gather(*(self._ask_one(name, request) for name in names))
+        answers = await all_of(self._ask_one(name, request) for name in names)
         errors = [answer for answer in answers if isinstance(answer, DHTError)]
         if errors:
             raise min(errors, key=lambda error: error.retryable)

@@ -248,8 +248,8 @@ class Replica:
                 headers = self.headers(keys)
                 assert headers is not None
             merged, inserts, superseded, live = self._merge(mode, keys, records, headers, want_live)
-            if merged and self.on_change is not None:
-                self.on_change(keys, headers, inserts)
+            if merged:
+                self._tell_change(keys, headers, merged, inserts)
             if commit is None:
                 if merged:
                     self.store.write(Batch(merged, inserts))
@@ -308,6 +308,16 @@ class Replica:
             merged[key] = record
         self._metrics.replica_superseded += len(superseded)
         return merged, inserts, superseded or None, live
+
+    def _tell_change(
+        self, keys: list[bytes], headers: Sequence[bytes | None], merged: dict[bytes, bytes], inserts: list[bytes]
+    ) -> None:
+        if self.on_change is None:
+            return
+        if len(merged) < len(keys):  # without those of which nothing was taken: they may have no record at all
+            changing = [(key, header) for key, header in zip(keys, headers, strict=True) if key in merged]
+            keys, headers = [key for key, _ in changing], [header for _, header in changing]
+        self.on_change(keys, headers, inserts)
 
     def _below_floors(
         self,
@@ -534,8 +544,7 @@ class Replica:
                         elif held is None:
                             merged, inserts, superseded, live = self._merge(mode, keys, records, headers, want_live)
                             if merged:
-                                if self.on_change is not None:
-                                    self.on_change(keys, headers, inserts)
+                                self._tell_change(keys, headers, merged, inserts)
                                 self._applying = keys
                                 await self.store.apply(Batch(merged, inserts))
                 except DHTError as error:

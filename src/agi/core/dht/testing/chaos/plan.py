@@ -1,0 +1,127 @@
+"""What a seed does to a cluster, and when. Pure: a plan is drawn before the run and does not depend on it.
+
+Three lanes run beside each other: troubles one after another, a second and slower lane of them, so that some overlap,
+and changes of the members. Each lane deals its kinds in shuffled rounds, so that a run of a minute or so meets all of
+them. A fault says whom it hits by `picks`, numbers that are taken modulo the candidates of its moment.
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class Fault(enum.StrEnum):
+    KILL = "kill"
+    """SIGKILL of one node; it is started again at the end of the fault."""
+    KILL_ALL = "kill-all"
+    """SIGKILL of every node at once."""
+    FREEZE = "freeze"
+    """SIGSTOP, then SIGCONT."""
+    PARTITION = "partition"
+    """One or two nodes are cut off from the others, in both directions, and at times from the clients."""
+    DEAF = "deaf"
+    """One node receives nothing from some of the others, who receive what it sends."""
+    MUTE = "mute"
+    """What one node sends does not reach some of the others, whom it hears."""
+    FULL_DISK = "full-disk"
+    """The small disk of one node is filled, then freed."""
+    JOIN = "join"
+    LEAVE = "leave"
+
+
+NETWORK = frozenset({Fault.PARTITION, Fault.DEAF, Fault.MUTE})
+NAMESPACES = NETWORK | {Fault.FULL_DISK}
+"""What needs namespaces of its own."""
+MEMBERS = frozenset({Fault.JOIN, Fault.LEAVE})
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """
+    Attributes:
+        at_s: when it begins, from the start of the plan.
+        lasts_s: until it is undone; 0 for a change of the members, which takes as long as it takes.
+        picks: whom it hits.
+    """
+
+    at_s: float
+    fault: Fault
+    lasts_s: float
+    picks: tuple[int, ...]
+
+    def __str__(self) -> str:
+        lasts = f" for {self.lasts_s:.1f} s" if self.lasts_s else ""
+        return f"{self.at_s:6.1f} s  {self.fault}{lasts}"
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """
+    Attributes:
+        deck: what is dealt, in shuffled rounds or as it stands.
+        first_s: when the first step begins, at the latest.
+        pause_s: between the end of one step and the begin of the next: least and most.
+        lasts_s: of one step: least and most.
+    """
+
+    name: str
+    deck: tuple[Fault, ...]
+    shuffled: bool
+    first_s: float
+    pause_s: tuple[float, float]
+    lasts_s: tuple[float, float]
+
+
+LANES = (
+    Lane(
+        "troubles",
+        (Fault.KILL, Fault.FREEZE, Fault.PARTITION, Fault.DEAF, Fault.MUTE, Fault.FULL_DISK, Fault.KILL_ALL),
+        shuffled=True,
+        first_s=2.0,
+        pause_s=(1.0, 3.0),
+        lasts_s=(1.5, 7.0),
+    ),
+    Lane(
+        "more",
+        (Fault.KILL, Fault.FREEZE, Fault.PARTITION, Fault.MUTE, Fault.DEAF),
+        shuffled=True,
+        first_s=12.0,
+        pause_s=(6.0, 14.0),
+        lasts_s=(1.0, 5.0),
+    ),
+    Lane(
+        "members",
+        (Fault.JOIN, Fault.LEAVE),
+        shuffled=False,
+        first_s=5.0,
+        pause_s=(9.0, 18.0),
+        lasts_s=(0.0, 0.0),
+    ),
+)
+PICKS = 8
+PICK_MAX = 1 << 16
+
+
+def draw(seed: int, seconds: float, *, namespaces: bool, lanes: Sequence[Lane] = LANES) -> dict[str, list[Step]]:
+    """The steps of each lane; every fault is undone before `seconds`. Without `namespaces`, only what needs none."""
+    plan = {}
+    for lane in lanes:
+        rng = random.Random(f"{seed}:{lane.name}")
+        deck = [fault for fault in lane.deck if namespaces or fault not in NAMESPACES]
+        steps: list[Step] = []
+        hand: list[Fault] = []
+        at_s = rng.uniform(0.3, 1.0) * lane.first_s
+        while True:
+            if not hand:
+                hand = rng.sample(deck, len(deck)) if lane.shuffled else list(deck)
+            fault = hand.pop(0)
+            lasts_s = rng.uniform(*lane.lasts_s)
+            if at_s + lasts_s >= seconds:
+                break
+            steps.append(Step(at_s, fault, lasts_s, tuple(rng.randrange(PICK_MAX) for _ in range(PICKS))))
+            at_s += lasts_s + rng.uniform(*lane.pause_s)
+        plan[lane.name] = steps
+    return plan
