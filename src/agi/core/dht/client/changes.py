@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from agi.core.dht.client.session import Session
-from agi.core.dht.errors import DHTError, InvalidRequest, Unavailable
+from agi.core.dht.errors import DHTError, InvalidRequest, StorageFull, Unavailable
 
 POLL_S = 0.25
 PROGRESS_S = 1.0
@@ -23,13 +23,14 @@ Progress = Callable[[dict[str, Any]], object]
 
 async def order_change(session: Session, names: list[str], order: dict[str, Any]) -> dict[str, Any]:
     """Asks one node after the other, since one may not be reachable. `order` has the fields of the nodes'
-    `changes.Order`. Raises the error with which the order was refused, Unavailable where nobody took it."""
+    `changes.Order`. Raises the error with which the order was refused, Unavailable or StorageFull where nobody
+    could take it."""
     packed = msgspec.msgpack.encode(order)
     last: DHTError = Unavailable("no node is reachable")
     for name in names:
         try:
             answer: dict[str, Any] = await session.query(name, "change", packed, ORDER_TIMEOUT_S)
-        except Unavailable as error:
+        except (Unavailable, StorageFull) as error:
             last = error
         else:
             return answer

@@ -221,6 +221,9 @@ async def serve_exchange(
 
     try:
         await link.run(request_iterator, no_more)
+    except asyncio.CancelledError:
+        # the server stops or the peer gave the call up; grpc.aio would log a cancelled servicer as an error
+        link.end(None)
     finally:
         link.tell_closed()
     if link.violation is not None:
