@@ -43,6 +43,7 @@ RECORDS_A_TURN = 256
 SPAN_RECORDS = 8
 """What another span costs, in records."""
 SPANS_A_TURN = 32
+BUSY_S, BREATH_S_MAX = 0.001, 0.02
 SPARSE = 4
 """Records are read page by page while one in so many is wanted, else one by one."""
 RETRY_S = 1.0
@@ -86,6 +87,7 @@ class TreeKeeper:
         self._me = node_id
         self._replica = replica
         self._own = own
+        self._clock = clock
         self._scans = Rate(keys_per_s, clock)
         self._trees: HashTrees | None = None
         self._token_of: Callable[[bytes], bytes] = bytes
@@ -260,7 +262,7 @@ class TreeKeeper:
             while not page.complete:
                 if since >= RECORDS_A_TURN:
                     since = 0
-                    await asyncio.sleep(0)
+                    await self._turn()
                 page = await self._page(span, after)
                 since += len(page.items) + SPAN_RECORDS
                 found += [entry_of(int.from_bytes(token_of(key), "big"), key, record) for key, record in page.items]
@@ -285,8 +287,17 @@ class TreeKeeper:
             taken += settled
             looks += 1
             if looks % SPANS_A_TURN == 0:
-                await asyncio.sleep(0)
+                await self._turn()
         return keys, taken
+
+    async def _turn(self) -> None:
+        """Lets the event loop do what else there is, and leaves it as long again where that was much: requests are not
+        to wait for what runs in the background, neither in this process nor, for a processor, in others."""
+        began = self._clock.monotonic()
+        await asyncio.sleep(0)
+        busy_s = self._clock.monotonic() - began
+        if busy_s > BUSY_S:
+            await asyncio.sleep(min(BREATH_S_MAX, busy_s))
 
     async def _side_by_side(self, tokens: Sequence[int]) -> tuple[list[tuple[bytes, bytes]], int, bool]:
         """One page of the store, from the first of these ascending tokens on: what of it they name, how many of them
