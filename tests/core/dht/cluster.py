@@ -90,8 +90,8 @@ class Wire:
             message.id = 10_000 + self._ids
         known = len(self.heard)
         self.link.send(message)
-        await until(lambda: self.closed or any(reply.id == message.id for reply in self.heard[known:]))
-        return next(reply for reply in self.heard[known:] if reply.id == message.id)
+        await until(lambda: self.closed or any(getattr(reply, "id", 0) == message.id for reply in self.heard[known:]))
+        return next(reply for reply in self.heard[known:] if getattr(reply, "id", 0) == message.id)
 
 
 class Door:

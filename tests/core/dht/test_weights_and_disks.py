@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from cluster import Cluster, KeptStore, until
+from structlog.testing import capture_logs
 from test_changes import HASTY, KEYS, blocked, filled, placed
 
+from agi.core.dht.client.changes import Watch
 from agi.core.dht.errors import ChangeRefused, InvalidRequest, Removed
 from agi.core.dht.ring import token_bytes
 from agi.core.dht.topology import Member, Topology
@@ -209,3 +212,45 @@ def test_a_place_that_is_given_up_goes_back_to_the_old_disk() -> None:
     assert {m.disk_id for m in change.finished(0).members} == {"disk0", "new", "disk2"}
     # a recovery amid it undoes it first
     assert {m.node_id: m.disk_id for m in change.recovered(["n1"], 0).members} == {"n0": "disk0", "n2": "disk2"}
+
+
+# --- how far it is
+
+
+async def test_how_far_a_change_is_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agi.core.dht.client.changes.PROGRESS_S", 0.0)
+    monkeypatch.setattr("agi.core.dht.changes.TELL_S", 0.05)
+    async with Cluster(4) as cluster:
+        client = await filled(cluster)
+        told: list[dict[str, Any]] = []
+        end = cluster.rule(blocked)
+        with capture_logs() as logs:
+            change = asyncio.create_task(client.leave("n3", on_progress=told.append))
+            await until(lambda: len(told) > 1 and told[-1]["arcs"])
+            assert told[-1]["note"] == "n3 leaves" and told[-1]["arcs_done"] == told[-1]["keys"] == 0
+            await until(lambda: any(line["event"] == "change_under_way" for line in logs))
+        line = next(line for line in logs if line["event"] == "change_under_way")
+        assert line["note"] == "n3 leaves" and line["log_level"] == "info"
+        assert {"arcs", "arcs_done", "keys", "bytes", "bytes_per_s", "ready"} <= line.keys()
+        end()
+        await change
+        brought = sum(node.migration.keys for node in cluster.living() if node.node_id != "n3")
+        assert brought > 0
+
+
+def test_progress_is_summed_over_nodes_and_counted_from_the_beginning() -> None:
+    async def nothing() -> dict[str, Any]:
+        return {}
+
+    watch = Watch(nothing, nothing)
+    watch._before = {"a": {"keys": 10, "bytes": 100}, "b": {"keys": 50, "bytes": 500}}
+    state = {"arcs": 4, "arcs_done": 1}
+    found = watch._sum(
+        "n3 leaves",
+        {
+            "a": {**state, "keys": 12, "bytes": 120},
+            "b": {**state, "keys": 3, "bytes": 30},
+            "c": {**state, "keys": 1, "bytes": 10},
+        },
+    )  # b has restarted meanwhile
+    assert found == {"note": "n3 leaves", "arcs": 12, "arcs_done": 3, "keys": 6, "bytes": 60}

@@ -569,6 +569,8 @@ class Node:
                 raise ProtocolMismatch(
                     f"{message.name} speaks protocol {message.protocol}, {self.node_id} speaks {PROTOCOL_VERSION}"
                 )
+            if self.stopping and message.kind == "client":  # it has just been sent away
+                raise NotReady(f"{self.node_id} is not ready: stopping")
             if self._links >= LINKS_MAX:
                 raise Overloaded(f"{self.node_id} has {LINKS_MAX} links already")
             if message.kind == "node":

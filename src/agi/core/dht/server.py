@@ -41,9 +41,6 @@ from agi.core.dht.types import format_address, parse_address
 
 _log = structlog.get_logger("agi.core.dht.server")
 
-FAREWELL_S = 3.0
-"""A node that the cluster has let go tells clients so long that it is not ready: until each has asked for the topology
-again (session.REFRESH_S). What they send to a process that has ended may have happened, for all they know."""
 LEAVE_TIMEOUT_S = 600.0
 SET_ASIDE_MAX = 100
 """Folders of a node that the cluster has let go; past it the last stays where it is, and refuses to start."""
@@ -139,8 +136,6 @@ async def _run(config: Config, stop_with_stdin: bool, leave_s: float = 0.0) -> N
     await stop.wait()
     leaving.cancel()
     service.withdraw()
-    if fatal and isinstance(fatal[0], Removed):
-        await asyncio.sleep(FAREWELL_S)
     await node.stop(config.network.drain_timeout_ms / 1000)
     await service.stop()
     await server.stop(1.0)

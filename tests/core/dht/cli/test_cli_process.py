@@ -33,7 +33,7 @@ def test_the_list_of_commands_tells_what_their_own_help_tells(run_cli: Any) -> N
         assert f"{name} {lazy.help}" in " ".join(shown.text.split()), name
 
 
-@pytest.mark.parametrize("name", [*OURS, "config check", "config show"])
+@pytest.mark.parametrize("name", [*OURS, "topology recover", "config check", "config show"])
 def test_every_command_has_json_and_examples(run_cli: Any, name: str) -> None:
     shown = run_cli(*name.split(), "-h")
     assert shown.code == 0 and "--json" in shown.text and "Example" in shown.text

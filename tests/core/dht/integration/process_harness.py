@@ -212,7 +212,7 @@ class Asker:
 
     def replies(self, number: int) -> list[Any]:
         """Those that have come."""
-        return [reply for reply in self.heard if reply.id == number]
+        return [reply for reply in self.heard if getattr(reply, "id", 0) == number]
 
     async def query(self, what: str) -> dict[str, Any]:
         number = 1_000_000 + len(self.heard)

@@ -15,24 +15,30 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from agi.core.dht import handoff, node, tree_answers
+import msgspec
+
+from agi.core.dht import node, tree_answers
+from agi.core.dht.epochs import Epochs
 from agi.core.dht.errors import Unavailable
+from agi.core.dht.hello import KnownBoots, check_hello
 from agi.core.dht.identity import Ledger
+from agi.core.dht.migration import Migration
+from agi.core.dht.node import Node
 from agi.core.dht.protocol import dissemination
-from agi.core.dht.protocol.bootstrap import Bootstrap, StoreVote
+from agi.core.dht.protocol.bootstrap import Bootstrap, StoreTopology, StoreVote
 from agi.core.dht.protocol.commit import GroupCommit
 from agi.core.dht.protocol.dedup import RequestTable
-from agi.core.dht.protocol.messages import Claim, TreeRoot, TreeRootReply
-from agi.core.dht.protocol.quorum import ReadQuorum, WriteQuorum
+from agi.core.dht.protocol.messages import HINT, Claim, Hello, TreeRoot, TreeRootReply
+from agi.core.dht.protocol.quorum import JointReadQuorum, JointWriteQuorum, ReadQuorum, WriteQuorum
 from agi.core.dht.protocol.record import EXPIRES, FLAGS, HEADER, created_ms_of, hlc_of, pack
 from agi.core.dht.protocol.register import Proposer, Reply, State
 from agi.core.dht.protocol.versioning import writer_id
 from agi.core.dht.replica import Replica
 from agi.core.dht.testing.formation import run_formation
 from agi.core.dht.testing.report import Report
-from agi.core.dht.testing.scenario import Profile
+from agi.core.dht.testing.scenario import Profile, Turn
 from agi.core.dht.testing.trial import run_seed
-from agi.core.dht.topology import Topology
+from agi.core.dht.topology import Topology, unpack
 from agi.core.dht.treekeeper import TreeKeeper
 from agi.core.dht.types import MemberStatus
 from agi.core.dht.writes import WriteGroup
@@ -49,12 +55,20 @@ class Mutant:
         rule: what it breaks.
         plant: makes the patch.
         profile: the seeds that look for this kind of bug, for the short form; None for a bug of the formation.
+        turn: of churn, which alone looks for it: among the ordinary seeds there are too few of a turn.
     """
 
     name: str
     rule: str
     plant: Callable[[], AbstractContextManager[Any]]
     profile: Profile | None
+    turn: Turn | None = None
+
+    def run(self, seed: int, *, aimed: bool) -> Report:
+        """A seed of the kind that looks for it; `aimed`: of its profile."""
+        if self.profile is None:
+            return run_formation(seed)
+        return run_seed(seed, profile=self.profile if aimed or self.turn else None, turn=self.turn)
 
 
 def _w_is_one() -> AbstractContextManager[Any]:
@@ -194,20 +208,16 @@ def _suspicion_never_refuted() -> AbstractContextManager[Any]:
 
 
 def _hint_overwrites_newer_record() -> AbstractContextManager[Any]:
-    """Hints come in a mode of their own, and what comes in it is stored whatever is there."""
-    forced = 9
+    """What comes as a hint is stored whatever is there."""
     real = Replica._merge
 
     def merge(self: Replica, mode: int, keys: Any, records: Any, headers: Any, want_live: bool) -> Any:
-        if mode != forced:
+        if mode != HINT:
             return real(self, mode, keys, records, headers, want_live)
         new = [key for key, header in zip(keys, headers, strict=True) if header is None]
         return dict(zip(keys, records, strict=True)), new, None, None
 
-    patches = ExitStack()
-    patches.enter_context(mock.patch.object(handoff, "REPAIR", forced))
-    patches.enter_context(mock.patch.object(Replica, "_merge", merge))
-    return patches
+    return mock.patch.object(Replica, "_merge", merge)
 
 
 def _hint_of_a_failed_write() -> AbstractContextManager[Any]:
@@ -247,6 +257,99 @@ def _differences_unseen() -> AbstractContextManager[Any]:
     return mock.patch.object(tree_answers, "answer_root", answer)
 
 
+# --- changes of the members
+
+
+def _epoch_unchecked() -> AbstractContextManager[Any]:
+    return mock.patch.object(Epochs, "covers", lambda self, epoch: True)
+
+
+def _one_write_quorum() -> AbstractContextManager[Any]:
+    return _new_set_not_needed(JointWriteQuorum)
+
+
+def _reads_of_the_old_set_only() -> AbstractContextManager[Any]:
+    return _new_set_not_needed(JointReadQuorum)
+
+
+def _new_set_not_needed(kind: Any) -> AbstractContextManager[Any]:
+    real = kind._share
+
+    def share(self: Any, old: Any, new: Any, old_needed: int, new_needed: int) -> None:
+        real(self, old, new, old_needed, 0)
+
+    return mock.patch.object(kind, "_share", share)
+
+
+def _copied_from_one() -> AbstractContextManager[Any]:
+    real = Migration._fill
+
+    async def fill(self: Migration, placement: str, work: Any) -> None:
+        for arc in work:
+            arc.sources = 1
+        await real(self, placement, work)
+
+    return mock.patch.object(Migration, "_fill", fill)
+
+
+def _only_filled(chosen: Any) -> AbstractContextManager[Any]:
+    """Of what a node is to fill, it fills only the arcs that `chosen(node id, replicas)` names."""
+    real = Migration._fill
+
+    async def fill(self: Migration, placement: str, work: Any) -> None:
+        await real(self, placement, {arc: spans for arc, spans in work.items() if chosen(self._me, arc)})
+
+    return mock.patch.object(Migration, "_fill", fill)
+
+
+def _only_newcomers_are_filled() -> AbstractContextManager[Any]:
+    return _only_filled(lambda me, arc: me not in arc.old)
+
+
+def _no_member_is_filled() -> AbstractContextManager[Any]:
+    return _only_filled(lambda me, arc: False)
+
+
+def _primary_ranges_only() -> AbstractContextManager[Any]:
+    return _only_filled(lambda me, arc: arc.new[0] == me)
+
+
+def _wiped_disk_accepted() -> AbstractContextManager[Any]:
+    """Who has a member's name is that member: it takes over the identity that the topology names."""
+
+    def check(self: Node, theirs: Hello) -> None:
+        member = None if self.topology is None else self.topology.by_id.get(theirs.name)
+        if member is not None:
+            theirs = msgspec.structs.replace(theirs, disk_id=member.disk_id)
+        check_hello(self, self._boots, theirs)
+
+    def take_over(self: Node, topology: Topology) -> None:
+        assert self._identity is not None
+        mine = topology.by_id.get(self.node_id)
+        if mine is not None and mine.disk_id != self._identity.disk_id:
+            boot = self._identity.boot + 1000  # a counter that went back would be noticed (I3)
+            self._identity = msgspec.structs.replace(self._identity, disk_id=mine.disk_id, boot=boot)
+
+    form = Node._form
+
+    def formed(self: Node, topology: Topology) -> None:
+        take_over(self, topology)
+        form(self, topology)
+
+    judge = Bootstrap._judge
+
+    def judged(self: Bootstrap, address: str, hello: Hello) -> StoreTopology | None:
+        if hello.topology and self._me.node_id in (topology := unpack(hello.topology)).by_id:
+            return StoreTopology(topology)
+        return judge(self, address, hello)
+
+    patches = ExitStack()
+    patches.enter_context(mock.patch.object(KnownBoots, "check", lambda self, theirs: None))
+    patches.enter_context(mock.patch.object(Bootstrap, "_judge", judged))
+    patches.enter_context(mock.patch.multiple(Node, check_hello=check, _check_own=take_over, _form=formed))
+    return patches
+
+
 MUTANTS = (
     Mutant("w-is-one", "a write is acknowledged by W replicas", _w_is_one, Profile.NETWORK),
     Mutant("ack-before-persist", "D1: persist before send", _acknowledge_before_persist, Profile.POWER),
@@ -268,18 +371,28 @@ MUTANTS = (
     Mutant("ttl-dropped", "a record is repaired whole, with its TTL", _ttl_dropped_in_repair, Profile.CHAOS),
     Mutant("differences-unseen", "replicas become equal without reads", _differences_unseen, Profile.NETWORK),
     Mutant("formed-by-majority", "T11: all of the listed nodes decide epoch 1", _formed_by_majority, None),
+    Mutant("epoch-unchecked", "T3: messages of another epoch are refused", _epoch_unchecked, Profile.CHURN, Turn.STRAY),
+    Mutant("one-write-quorum", "T5: both sets take a write", _one_write_quorum, Profile.CHURN, Turn.MOVE),
+    Mutant("reads-of-old-set", "T5: both sets are read", _reads_of_the_old_set_only, Profile.CHURN, Turn.LAG),
+    Mutant("copied-from-one", "T6: an arc is merged from a majority", _copied_from_one, Profile.CHURN, Turn.MOVE),
+    Mutant("newcomers-only", "T6: who stays is filled too", _only_newcomers_are_filled, Profile.CHURN, Turn.SHRINK),
+    Mutant(
+        "primary-ranges-only", "T6: every arc of a member is filled", _primary_ranges_only, Profile.CHURN, Turn.MOVE
+    ),
+    Mutant("final-too-early", "T7: the final epoch waits for the data", _no_member_is_filled, Profile.CHURN, Turn.MOVE),
+    Mutant("wiped-disk", "I1: a name with another disk is another", _wiped_disk_accepted, Profile.CHURN, Turn.LOSE),
 )
 
 
 def hunt(mutant: Mutant, seeds: range, *, aimed: bool = False) -> Report | None:
-    """The report of the first seed that catches the bug; `aimed`: of the seeds of its profile."""
+    """The report of the first seed that catches the bug; `aimed`: of the seeds of its profile. A seed in which the bug
+    only makes the program fail catches nothing: that is not what the checks are for. Nor do changes that come to no end
+    where the bug is about what they do to records."""
+    others = {"program", "convergence"} if mutant.turn is not None else {"program"}
     for seed in seeds:
         with mutant.plant():
-            if mutant.profile is None:
-                report = run_formation(seed)
-            else:
-                report = run_seed(seed, profile=mutant.profile if aimed else None)
-        if report.findings:
+            report = mutant.run(seed, aimed=aimed)
+        if report.findings and report.findings[0].check not in others:
             return report
     return None
 
@@ -289,13 +402,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=SEEDS_MAX, help="how many to try on each")
     given = parser.parse_args(argv)
     missed = 0
-    print(f"{'planted bug':20} {'seed':>5} {'check':12} {'s':>6}  rule")
+    print(f"{'planted bug':20} {'seed':>5} {'check':12} {'s':>6}  {'of':10} rule")
     for mutant in MUTANTS:
         began = time.perf_counter()
         report = hunt(mutant, range(1, given.seeds + 1))
         seed, check = ("-", "MISSED") if report is None else (str(report.seed), report.findings[0].check)
         missed += report is None
-        print(f"{mutant.name:20} {seed:>5} {check:12} {time.perf_counter() - began:6.1f}  {mutant.rule}", flush=True)
+        kind = "formation" if mutant.profile is None else mutant.turn or ""
+        print(
+            f"{mutant.name:20} {seed:>5} {check:12} {time.perf_counter() - began:6.1f}  {kind:10} {mutant.rule}",
+            flush=True,
+        )
     return 1 if missed else 0
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from agi.core.dht.errors import ConnectFailed, FolderUnusable, StorageClosed, StorageError, StorageFull
-from agi.core.dht.protocol.messages import Query, QueryReply
+from agi.core.dht.protocol.messages import EpochPrepare, Query, QueryReply, ReplicaWrite, TopologyNews
 from agi.core.dht.protocol.record import pack, shrink
 from agi.core.dht.ring import token_bytes
 from agi.core.dht.storage.base import Batch
@@ -44,6 +44,7 @@ from agi.core.dht.testing import (
     Trace,
     run_simulation,
 )
+from agi.core.dht.topology import Member, Topology
 
 Body = Callable[[Simulation], Coroutine[Any, Any, Any]]
 
@@ -939,7 +940,7 @@ def test_a_plan_is_drawn_from_its_seed_and_keeps_its_bounds() -> None:
     plans = [FaultPlan.draw(random.Random(seed), hosts, safety_s=60.0, mix=mix) for seed in range(20)]
     assert plans[3] == FaultPlan.draw(random.Random(3), hosts, safety_s=60.0, mix=mix)
     assert len({str(plan) for plan in plans}) == 20
-    assert {fault.kind for plan in plans for fault in plan.faults} == set(FaultKind)
+    assert {fault.kind for plan in plans for fault in plan.faults} == set(mix.every_s)
     for plan in plans:
         assert list(plan.faults) == sorted(plan.faults, key=lambda fault: fault.at_s)
         down: list[tuple[float, int]] = []
@@ -1026,7 +1027,7 @@ def test_the_driver_injects_faults_and_heals_them() -> None:
 
     for seed in range(4):
         simulate(body, seed=seed)
-    assert set(counts) >= set(FaultKind)
+    assert set(counts) >= set(FaultMix().every_s)
     assert all(counts.values()), counts
 
 
@@ -1065,6 +1066,51 @@ def test_healing_lifts_what_would_last_longer() -> None:
         assert network.faults == LinkFaults()
         assert booted == [*names, "n2"]
         assert driver.counts == {fault.kind: 1 for fault in faults}
+
+    simulate(body)
+
+
+def test_deaf_hosts_miss_records_and_untold_ones_the_next_epoch() -> None:
+    first = Topology.first("dht", 3, 8, "xxh3", [Member("a", "d", "a:7000")])
+    news = [TopologyNews(first.packed), TopologyNews(first.next(first.members, "second", 0).packed)]
+    write = ReplicaWrite(1, 1, "", 0, [b"k"], [pack(b"k", b"v", 7, 1)], False)
+
+    async def body(sim: Simulation) -> None:
+        network = SimNetwork(sim.loop, sim.stream("network"))
+        for name in "abc":
+            network.attach(sim.host(name))
+            sim.hosts[name].boot(lambda: asyncio.sleep(1000))
+        faults = (
+            Fault(1.0, 1.0, FaultKind.DEAF, ("b",), 100),
+            Fault(2.5, 1.0, FaultKind.UNTOLD, ("b", "c")),
+            Fault(6.0, 0.0, FaultKind.WIPE, ("a",)),
+            Fault(7.0, 0.0, FaultKind.WIPE, ("b",)),
+        )
+        wiped: list[str] = []
+
+        def wipe(name: str) -> bool:
+            wiped.append(name)
+            return name == "b"
+
+        plan = FaultPlan(8.0, ("a", "b", "c"), faults)
+        driver = FaultDriver(sim, network, {}, lambda name: None, plan, wipe)
+        task = asyncio.create_task(driver.run())
+
+        def heard(message: object) -> str:
+            return "".join(name for name in "abc" if network.policy("a", name, message))  # type: ignore[arg-type]
+
+        assert heard(news[0]) == heard(write) == "abc"
+        await asyncio.sleep(1.5)
+        assert (heard(write), heard(news[0])) == ("ac", "abc")
+        await asyncio.sleep(1.5)
+        assert (heard(write), heard(news[0])) == ("abc", "abc")  # the epoch that all know by now
+        await asyncio.sleep(2.0)
+        assert (heard(news[1]), heard(news[0]), heard(write)) == ("a", "a", "abc")
+        assert heard(EpochPrepare(1, 3, (1, 1), news[1].topology)) == "a"
+        await asyncio.sleep(1.1)
+        assert heard(news[1]) == "abc"
+        await task
+        assert wiped == ["a", "b"] and driver.counts[FaultKind.WIPE] == 1
 
     simulate(body)
 

@@ -101,7 +101,7 @@ def _status_row(node: dict[str, Any]) -> tuple[str, ...]:
 
 def _repaired(age_s: float | None) -> str:
     """How long ago all replicas had been compared."""
-    return "-" if age_s is None else f"{age_s:.0f}s" if age_s < 600 else f"{age_s / 60:.0f}min"
+    return "-" if age_s is None else f"{max(0.0, age_s):.0f}s" if age_s < 600 else f"{age_s / 60:.0f}min"
 
 
 def _troubles(node: dict[str, Any]) -> Iterator[str]:

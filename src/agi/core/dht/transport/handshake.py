@@ -45,6 +45,7 @@ class _Greeting:
     def _fail(self, error: DHTError) -> None:
         if not self.hello.done():
             self.hello.set_exception(error)
+            self.hello.exception()  # whoever waited may have given up
 
 
 async def greet(
