@@ -28,11 +28,13 @@ from agi.core.dht.protocol import dissemination
 from agi.core.dht.protocol.bootstrap import Bootstrap, StoreTopology, StoreVote
 from agi.core.dht.protocol.commit import GroupCommit
 from agi.core.dht.protocol.dedup import RequestTable
+from agi.core.dht.protocol.floors import is_dead
 from agi.core.dht.protocol.messages import HINT, Claim, Hello, TreeRoot, TreeRootReply
 from agi.core.dht.protocol.quorum import JointReadQuorum, JointWriteQuorum, ReadQuorum, WriteQuorum
 from agi.core.dht.protocol.record import EXPIRES, FLAGS, HEADER, created_ms_of, hlc_of, pack
 from agi.core.dht.protocol.register import Proposer, Reply, State
 from agi.core.dht.protocol.versioning import writer_id
+from agi.core.dht.reclaim import Reclaimer
 from agi.core.dht.replica import Replica
 from agi.core.dht.testing.formation import run_formation
 from agi.core.dht.testing.report import Report
@@ -314,6 +316,21 @@ def _primary_ranges_only() -> AbstractContextManager[Any]:
     return _only_filled(lambda me, arc: arc.new[0] == me)
 
 
+def _reclaimed_by_time_alone() -> AbstractContextManager[Any]:
+    def sort(self: Reclaimer, page: list[Any]) -> tuple[list[Any], list[Any]]:
+        height = max(0, self._node.clock.wall_ms() - self._lag_ms) << 16
+        return [item for item in page if is_dead(item[1], height)], []
+
+    return mock.patch.object(Reclaimer, "_sort", sort)
+
+
+def _closed_without_a_look() -> AbstractContextManager[Any]:
+    async def level_with(self: Reclaimer, name: str, version: int) -> None:
+        return None
+
+    return mock.patch.object(Reclaimer, "_level_with", level_with)
+
+
 def _wiped_disk_accepted() -> AbstractContextManager[Any]:
     """Who has a member's name is that member: it takes over the identity that the topology names."""
 
@@ -380,6 +397,8 @@ MUTANTS = (
         "primary-ranges-only", "T6: every arc of a member is filled", _primary_ranges_only, Profile.CHURN, Turn.MOVE
     ),
     Mutant("final-too-early", "T7: the final epoch waits for the data", _no_member_is_filled, Profile.CHURN, Turn.MOVE),
+    Mutant("reclaimed-by-time", "G1: a tombstone goes by agreement", _reclaimed_by_time_alone, Profile.NETWORK),
+    Mutant("closed-unlevelled", "G1: who closes has what others had", _closed_without_a_look, Profile.NETWORK),
     Mutant("wiped-disk", "I1: a name with another disk is another", _wiped_disk_accepted, Profile.CHURN, Turn.LOSE),
 )
 

@@ -21,6 +21,7 @@ from agi.core.dht.errors import DHTError, Removed
 from agi.core.dht.identity import Identity, Promise
 from agi.core.dht.node import Node
 from agi.core.dht.observability.metrics import Metrics
+from agi.core.dht.protocol.floors import is_dead
 from agi.core.dht.protocol.hints import Hints
 from agi.core.dht.protocol.messages import (
     EpochAccept,
@@ -32,15 +33,17 @@ from agi.core.dht.protocol.messages import (
     TopologyNews,
 )
 from agi.core.dht.protocol.record import EXPIRES, FLAGS, HEADER, SHRUNK
+from agi.core.dht.protocol.versioning import from_ms
 from agi.core.dht.protocol.view import GONE
+from agi.core.dht.reclaim import Reclaimer
 from agi.core.dht.testing.checks import Finding
 from agi.core.dht.testing.disk import SimDisk
 from agi.core.dht.testing.host import Host
 from agi.core.dht.testing.network import SimNetwork, SimTransport
-from agi.core.dht.testing.scenario import Scenario, address_of
+from agi.core.dht.testing.scenario import Churn, Scenario, address_of
 from agi.core.dht.testing.simulation import Simulation
 from agi.core.dht.testing.workload import TIMED
-from agi.core.dht.topology import Topology, unpack
+from agi.core.dht.topology import LEAVING, NORMAL, Topology, unpack
 from agi.core.dht.types import MemberStatus
 
 PING_INTERVAL_S, IDLE_TIMEOUT_S = 0.5, 1.5
@@ -49,6 +52,7 @@ CONVERGE_S = 30.0
 ALIVE_S = 10.0
 """By when nodes that are connected hold each other to be alive: some turns of the slowest detector."""
 EQUAL_S = 30.0
+RECLAIM_S, RECLAIM_LAG_MS = 60.0, 3000
 """By when replicas are equal without being read: some intervals after the last write has ceased to be young, which
 clocks that are behind delay."""
 PROPOSE_TIMEOUT_S = 2.0
@@ -61,9 +65,10 @@ class SimCluster:
     Attributes:
         network, disks: of the simulation; a disk by the name of its node.
         running: the Node of each host that is up.
-        metrics, hints, repairs: of every process that was started.
+        metrics, hints, repairs, reclaimers: of every process that was started.
         findings: what was seen on the wire.
         starts_failed, exits: processes that could not start, and those that ended by themselves.
+        lost: members whose disk was lost, and that disk's id, until the cluster has let the member go.
     """
 
     def __init__(self, sim: Simulation, scenario: Scenario) -> None:
@@ -77,6 +82,7 @@ class SimCluster:
         self.metrics: list[Metrics] = []
         self.hints: list[Hints] = []
         self.repairs: list[Totals] = []
+        self.reclaimers: list[Reclaimer] = []
         self.findings: list[Finding] = []
         self.starts_failed = 0
         self.exits = 0
@@ -96,6 +102,9 @@ class SimCluster:
         self.declared_dead = 0
         self.false_deaths = 0
         self._epochs: dict[tuple[str, int, int], str] = {}
+        self.lost: dict[str, str] = {}
+        self.disks_lost = 0
+        self._replacing: set[str] = set()
         self._asked: dict[tuple[str, str, int], int] = {}
         self._configs: dict[str, Config] = {}
         self._records: dict[tuple[bytes, bytes], bytes] = {}
@@ -104,13 +113,17 @@ class SimCluster:
             self._new_disk(name)
             host.on_end.append(lambda power_loss, name=name: self._ended(name, power_loss))  # type: ignore[misc]  # mypy and defaults of lambdas
             self.network.attach(host)
-            settings = {
-                **scenario.settings,
-                "node.id": name,
-                "node.advertise": address_of(name),
-                "cluster.bootstrap_nodes": ",".join(scenario.peers[name]),
-            }
-            self._configs[name] = load_config(None, {}, settings)
+            self._configure(name, scenario.peers[name])
+
+    def _configure(self, name: str, peers: Iterable[str], replaces: str = "") -> None:
+        settings = {
+            **self.scenario.settings,
+            "node.id": name,
+            "node.advertise": address_of(name),
+            "cluster.bootstrap_nodes": ",".join(peers),
+            "cluster.replaces": replaces,
+        }
+        self._configs[name] = load_config(None, {}, settings)
 
     def _new_disk(self, name: str) -> None:
         stream = self.sim.stream(f"disk/{name}/{len(self.wiped)}")
@@ -126,6 +139,48 @@ class SimCluster:
         self._new_disk(name)
         self.sim.trace.record("wipe", name)
 
+    def lose(self, name: str) -> bool:
+        """The host's disk is lost, and it has an empty one. Only one member's at a time, and only of three or more that
+        are to stay: more the cluster need not survive. False if it is not."""
+        newest = self.newest()
+        if newest is None or self._lost(newest) or self.settling:
+            return False
+        member = newest.by_id.get(name)
+        staying = sum(other.state == NORMAL for other in newest.members)
+        if member is None or member.state != NORMAL or member.disk_id != _disk_id(self.disks[name]) or staying < 3:
+            return False
+        self.lost[name] = member.disk_id
+        self.disks_lost += 1
+        self.sim.hosts[name].kill(power_loss=True)
+        self._renew(name)
+        churn = self.scenario.churn
+        if churn is not None and self.sim.stream(f"lost/{self.disks_lost}").random() < churn.replaces_share:
+            self._configure(name, map(address_of, self.scenario.nodes), name)
+            self._replacing.add(name)
+        return True
+
+    def _lost(self, newest: Topology) -> dict[str, str]:
+        """`lost` as of now: without those that the cluster has let go, or taken back, which it must not."""
+        if self.lost and not newest.in_transition:
+            disks = {member.node_id: member.disk_id for member in newest.members}
+            back = {name for name, node in self.running.items() if node.topology is not None}
+            self.lost = {name: disk for name, disk in self.lost.items() if disks.get(name) == disk and name not in back}
+        return self.lost
+
+    def _renew(self, name: str) -> None:
+        """An empty disk for a host that is to join as new: from all who may be there, as those that its list named once
+        may be new themselves, and would form another cluster with it."""
+        self.wipe(name)
+        if self.scenario.churn is not None:
+            self._configure(name, map(address_of, self.scenario.nodes))
+
+    def newest(self) -> Topology | None:
+        """The newest topology that a disk in use durably holds."""
+        stored = [disk.durable_meta("topology") for disk in self.disks.values()]
+        return max(
+            (unpack(packed) for packed in stored if packed is not None), key=lambda each: each.order, default=None
+        )
+
     # --- processes
 
     def boot(self, name: str) -> None:
@@ -134,7 +189,29 @@ class SimCluster:
         if name in self.absent or name in self.gone:
             return
         if not host.alive and self.sim.now >= self.scenario.start_s[name]:
+            if self.scenario.churn is not None and not self.settling:
+                self._replace_dead(name, self.scenario.churn)
             host.boot(lambda: self._main(host))
+
+    def _replace_dead(self, name: str, churn: Churn) -> None:
+        """A host that is new to the cluster may be started to take the place of a member that is down."""
+        newest = self.newest()
+        if newest is None or name in newest.by_id or self.disks[name].durable_meta("topology") is not None:
+            return
+        rng = self.sim.stream(f"replaces/{name}/{self.sim.hosts[name].incarnation}")
+        down = [other for other in newest.by_id if other in self.lost or not self.sim.hosts[other].alive]
+        if down and rng.random() < churn.replaces_share:
+            self._configure(name, map(address_of, self.scenario.nodes), rng.choice(down))
+            self._replacing.add(name)
+
+    def _give_up_replacing(self) -> None:
+        """Who was started to replace a member that is alive again, or gone, is started without that."""
+        for name in sorted(self._replacing):
+            self._replacing.discard(name)
+            self._configure(name, map(address_of, self.scenario.nodes))
+            node = self.running.get(name)
+            if node is not None and node.topology is None:
+                self.sim.hosts[name].kill(power_loss=False)
 
     async def _main(self, host: Host) -> None:
         """A node as a process: it ends when it cannot start or cannot go on."""
@@ -166,6 +243,7 @@ class SimCluster:
         self.metrics.append(node.metrics)
         self.hints.append(node.handoff.hints)
         self.repairs.append(node.antientropy.totals)
+        self.reclaimers.append(node.reclaimer)
         node.on_member_status(partial(self._member_status, node, {}))
         try:
             await node.start()
@@ -176,7 +254,9 @@ class SimCluster:
         await seed.listen(address_of(name), node)
         self.running[name] = node
         operator = asyncio.create_task(self._operate(node, self.sim.stream(f"operator/{name}/{host.incarnation}")))
-        orders = asyncio.create_task(self._change(node, self.sim.stream(f"changes/{name}/{host.incarnation}")))
+        rng = self.sim.stream(f"changes/{name}/{host.incarnation}")
+        churn = self.scenario.churn
+        orders = asyncio.create_task(self._change(node, rng) if churn is None else self._churn(node, rng, churn))
         await fatal.wait()
         operator.cancel()
         orders.cancel()
@@ -206,14 +286,44 @@ class SimCluster:
             if node.epochs.agreement is None or self.settling:
                 continue
             what = rng.choice(("leave", "leave", "remove", "cancel"))
-            order = Order(what, rng.choice(node.known_topology.members).node_id)
-            self.ordered += 1
-            try:
-                await node.changes.order(order)
-            except DHTError as error:
-                self.sim.trace.record("not-changed", f"{node.node_id} {order} {type(error).__name__}")
-            else:
-                self.changed += 1
+            await self._order(node, Order(what, rng.choice(node.known_topology.members).node_id))
+
+    async def _churn(self, node: Node, rng: random.Random, churn: Churn) -> None:
+        """Orders at this node one change after the other; whose disk is lost, is removed, after the faults too."""
+        every_s = self.scenario.changes_every_s * len(self.scenario.nodes)
+        while True:
+            await asyncio.sleep(rng.expovariate(1 / every_s))
+            if node.epochs.agreement is None:
+                continue
+            topology = node.known_topology
+            lost = self._lost(self.newest() or topology)
+            dead = [name for name in topology.by_id if node.detector.status(name) in GONE and name != node.node_id]
+            if lost and (self.settling or rng.getrandbits(1)):
+                name = next(iter(lost))
+                member = topology.by_id.get(name)
+                held_up = topology.in_transition and member is not None and member.state != LEAVING
+                await self._order(node, Order("cancel") if held_up else Order("remove", name, force=True))
+            elif self.settling:
+                continue
+            elif topology.in_transition:
+                if rng.random() < churn.cancel_share:
+                    await self._order(node, Order("cancel"))
+            elif not churn.rest_s or self.sim.now % (2 * churn.rest_s) < churn.rest_s:
+                force = rng.random() < churn.force_share
+                leaving = [name for name in topology.by_id if name != churn.stays] or list(topology.by_id)
+                what, names = ("remove", dead) if dead and rng.getrandbits(1) else ("leave", leaving)
+                if rng.random() < churn.weight_share:
+                    what = "weight"
+                await self._order(node, Order(what, rng.choice(names), force=force, weight=rng.choice((1.0, 2.0, 3.0))))
+
+    async def _order(self, node: Node, order: Order) -> None:
+        self.ordered += 1
+        try:
+            await node.changes.order(order)
+        except DHTError as error:
+            self.sim.trace.record("not-changed", f"{node.node_id} {order} {type(error).__name__}")
+        else:
+            self.changed += 1
 
     def _ended(self, name: str, power_loss: bool) -> None:
         self.running.pop(name, None)
@@ -221,9 +331,20 @@ class SimCluster:
         if name in self.let_go:  # its data is set aside: it does not come back, or comes back as new
             self.let_go.remove(name)
             self.left += 1
-            self.wipe(name)
-            if self.sim.stream(f"gone/{self.left}").getrandbits(1):
+            self._renew(name)
+            rng, churn = self.sim.stream(f"gone/{self.left}"), self.scenario.churn
+            if churn is not None:
+                if not self.settling:
+                    self.absent.add(name)
+                    self.sim.loop.call_later(rng.uniform(*churn.away_s), self.come_back, name)
+            elif rng.getrandbits(1):
                 self.gone.add(name)
+
+    def come_back(self, name: str) -> None:
+        """Who was not to be started yet is."""
+        if name in self.absent:
+            self.absent.discard(name)
+            self.boot(name)
 
     # --- state
 
@@ -254,6 +375,8 @@ class SimCluster:
                 return Finding(
                     "convergence", f"after {within_s:g} s: {'; '.join(map(self._state, sorted(self.present)))}"
                 )
+            if self.settling:
+                self._give_up_replacing()
             for name in self.scenario.nodes:
                 self.boot(name)
             await asyncio.sleep(_POLL_S)
@@ -292,6 +415,24 @@ class SimCluster:
                 return Finding("equal", f"after {within_s:g} s {different} differ, {different[0]}: {shown}")
             await asyncio.sleep(_POLL_S)
         return None
+
+    async def wait_reclaimed(self, keys: Iterable[str], within_s: float = RECLAIM_S) -> Finding | None:
+        """Waits until no node holds anything dead any more, nor anything of arcs that it has given up."""
+        deadline = self.sim.now + within_s
+        while left := [(key, name) for key in keys for name in self.running if not self._tidy(key, name)]:
+            if self.sim.now > deadline:
+                return Finding("reclaimed", f"after {within_s:g} s there still is {left}")
+            await asyncio.sleep(_POLL_S)
+        return None
+
+    def _tidy(self, key: str, name: str) -> bool:
+        record = self.disks[name].durable(key.encode())
+        if record is None:
+            return True
+        if name not in self.held(key):
+            return False
+        settled_ms = min(self.sim.hosts[each].clock.wall_ms() for each in self.running) - RECLAIM_LAG_MS
+        return not is_dead(record, from_ms(settled_ms))  # those of the future, by these clocks, stay
 
     def held(self, key: str) -> dict[str, bytes | None]:
         """What each replica of a key durably holds."""
@@ -362,19 +503,24 @@ class SimCluster:
 
     # --- watching
 
-    def _member_status(self, node: Node, ended: dict[str, tuple[int, int]], member: str, status: MemberStatus) -> None:
-        """Who was declared dead is alive again only by a later start or incarnation of its own."""
+    def _member_status(
+        self, node: Node, ended: dict[tuple[str, str], tuple[int, int]], member: str, status: MemberStatus
+    ) -> None:
+        """Who was declared dead is alive again only by a later start or incarnation of its own. One that joins again
+        with another disk is another."""
         assert node.detector.core is not None
         claim = node.detector.core.view.get(member)
         if claim.status is not status:
             return  # one message told of this and of what came after it; only the latter can be seen now
         life = (claim.boot, claim.incarnation)
         self.sim.trace.record("member", f"{node.node_id} holds {member} {status.name} {life}")
+        named = node.known_topology.by_id.get(member)
+        who = (member, "" if named is None else named.disk_id)
         if status in GONE:
             self.declared_dead += status is MemberStatus.DEAD
-            ended[member] = life
+            ended[who] = life
             return
-        end = ended.pop(member, None)
+        end = ended.pop(who, None)
         if end is None or life == (0, 0):  # of which nothing was heard: it was let go and has joined again
             return
         self.false_deaths += end[0] == claim.boot

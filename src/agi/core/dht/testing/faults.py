@@ -15,10 +15,16 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
+from agi.core.dht.protocol.messages import EpochPrepare, Message, ReplicaWrite, TopologyNews
 from agi.core.dht.testing.disk import DiskFaults, SimDisk
 from agi.core.dht.testing.network import LinkFaults, SimNetwork
 from agi.core.dht.testing.simulation import Simulation
+from agi.core.dht.topology import unpack
+
+Policy: TypeAlias = Callable[[str, str, Message], Sequence[float]]
+"""Of a network: (src, dst, message) -> the delays after which it arrives, none if it is lost."""
 
 
 class FaultKind(enum.StrEnum):
@@ -34,6 +40,16 @@ class FaultKind(enum.StrEnum):
     """hosts[0] stops and goes on."""
     CLOCK_JUMP = "clock-jump"
     """The wall clock of hosts[0] jumps by `amount` ms, and back afterwards."""
+    DEAF = "deaf"
+    """Of the records that are sent to `hosts`, `amount` percent are lost; everything else arrives."""
+    UNTOLD = "untold"
+    """`hosts` hear of the next epoch late: once somebody tells of it, no news of epochs reaches them for so long, and
+    nobody asks them for votes; everything else arrives."""
+    WIPE = "wipe"
+    """hosts[0] gets an empty disk and is booted again at once, under its old name."""
+
+
+_NEWS = (TopologyNews, EpochPrepare)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +73,8 @@ class FaultMix:
         down_max: how many hosts may be crashed or paused at once; 0 for all of them.
         power_loss_chance: of a crash; otherwise only the process dies.
         clock_jump_ms_max: either way.
+        deaf_percent: how much of what they are sent DEAF hosts miss: one of these.
+        few: how many hosts are DEAF or UNTOLD at a time, at most.
         links, disk: upper bounds. Each chance of them is drawn between 0 and its bound for the whole phase, and is 0 in
             half of the plans, so that not all faults mask each other.
     """
@@ -75,6 +93,8 @@ class FaultMix:
     down_max: int = 0
     power_loss_chance: float = 0.5
     clock_jump_ms_max: int = 5_000
+    deaf_percent: tuple[int, ...] = (100,)
+    few: int = 2
     links: LinkFaults = field(
         default_factory=lambda: LinkFaults(loss_chance=0.05, duplicate_chance=0.05, reorder_chance=0.2)
     )
@@ -139,6 +159,12 @@ class FaultPlan:
                 faults.append(Fault(at_s, for_s, kind, (rng.choice(hosts),), jump_ms))
             elif kind is FaultKind.CLOG:
                 faults.append(Fault(at_s, for_s, kind, tuple(rng.sample(hosts, 2))))
+            elif kind in (FaultKind.DEAF, FaultKind.UNTOLD):
+                group = rng.sample(hosts, rng.randint(1, min(mix.few, len(hosts))))
+                amount = rng.choice(mix.deaf_percent) if kind is FaultKind.DEAF else 100
+                faults.append(Fault(at_s, for_s, kind, tuple(sorted(group)), amount))
+            elif kind is FaultKind.WIPE:
+                faults.append(Fault(at_s, 0.0, kind, (rng.choice(hosts),)))
             else:
                 group = rng.sample(hosts, rng.randint(1, len(hosts) - 1))
                 faults.append(Fault(at_s, for_s, kind, tuple(sorted(group))))
@@ -168,6 +194,7 @@ class FaultDriver:
         disks: each host's disk, if it has one.
         boot: boots a host of this name. Also called for a host whose process ended by itself (a failed disk, say), at
             the next event of the plan, and at the end for every host that is not alive.
+        wipe: kills a host and gives it an empty disk; False where that would be more than the cluster has to survive.
 
     Attributes:
         counts: how many faults of each kind began.
@@ -180,6 +207,7 @@ class FaultDriver:
         disks: Mapping[str, SimDisk],
         boot: Callable[[str], None],
         plan: FaultPlan,
+        wipe: Callable[[str], bool] = lambda name: False,
     ) -> None:
         self.counts: Counter[FaultKind] = Counter()
         self._sim = sim
@@ -187,7 +215,15 @@ class FaultDriver:
         self._disks = disks
         self._boot = boot
         self._plan = plan
+        self._wipe = wipe
         self._down: set[str] = set()
+        self._deaf: list[Fault] = []
+        self._untold: list[Fault] = []
+        self._late: dict[str, float] = {}
+        self._newest = (0, 0)
+        self._chance = sim.stream("deaf")
+        if any(fault.kind in (FaultKind.DEAF, FaultKind.UNTOLD) for fault in plan.faults):
+            network.policy = self._lossy(network.policy)
 
     async def run(self) -> None:
         """Runs the safety phase from now on, heals everything, and returns."""
@@ -208,6 +244,8 @@ class FaultDriver:
         self._heal(skews)
 
     def _begin(self, fault: Fault) -> None:
+        if fault.kind is FaultKind.WIPE and not self._wipe(fault.hosts[0]):
+            return
         self.counts[fault.kind] += 1
         self._sim.trace.record("fault", f"{fault.kind} {','.join(fault.hosts)} {fault.for_s:.6f} {fault.amount}")
         host = self._sim.hosts[fault.hosts[0]]
@@ -223,6 +261,12 @@ class FaultDriver:
                 host.pause()
             case FaultKind.CLOCK_JUMP:
                 host.clock.jump(fault.amount)
+            case FaultKind.DEAF:
+                self._deaf.append(fault)
+            case FaultKind.UNTOLD:
+                self._untold.append(fault)
+            case FaultKind.WIPE:
+                self._down.discard(host.name)
 
     def _end(self, fault: Fault) -> None:
         host = self._sim.hosts[fault.hosts[0]]
@@ -235,13 +279,36 @@ class FaultDriver:
                 host.resume()
             case FaultKind.CLOCK_JUMP:
                 host.clock.jump(-fault.amount)
-            case FaultKind.CLOG:
-                pass  # what was held up arrives by itself
+            case FaultKind.DEAF:
+                self._deaf.remove(fault)
+            case FaultKind.CLOG | FaultKind.UNTOLD | FaultKind.WIPE:
+                pass  # what was held up arrives by itself; what was wiped is gone
 
     def _pairs(self, fault: Fault) -> list[tuple[str, str]]:
         others = [name for name in self._sim.hosts if name not in fault.hosts]
         pairs = [(a, b) for a in fault.hosts for b in others]
         return pairs if fault.kind is FaultKind.ONE_WAY else pairs + [(b, a) for a, b in pairs]
+
+    def _lossy(self, policy: Policy) -> Policy:
+        """The network's policy, without what DEAF and UNTOLD hosts do not hear."""
+
+        def deliver(src: str, dst: str, message: Message) -> Sequence[float]:
+            if self._unheard(dst, message):
+                self._network.lost += 1
+                return ()
+            return policy(src, dst, message)
+
+        return deliver
+
+    def _unheard(self, dst: str, message: Message) -> bool:
+        if isinstance(message, ReplicaWrite):
+            return any(dst in fault.hosts and self._chance.randrange(100) < fault.amount for fault in self._deaf)
+        if isinstance(message, TopologyNews) and (order := unpack(message.topology).order) > self._newest:
+            self._newest = order
+            for fault in self._untold:
+                self._late |= dict.fromkeys(fault.hosts, self._sim.now + fault.for_s)
+            self._untold.clear()
+        return isinstance(message, _NEWS) and self._late.get(dst, 0.0) > self._sim.now
 
     def _revive(self) -> None:
         for name in self._plan.hosts:
@@ -251,6 +318,9 @@ class FaultDriver:
     def _heal(self, skews: Mapping[str, int]) -> None:
         self._sim.trace.record("heal")
         self._network.heal()
+        self._deaf.clear()
+        self._untold.clear()
+        self._late.clear()
         for disk in self._disks.values():
             disk.faults = DiskFaults()
         for name, skew_ms in skews.items():

@@ -3,6 +3,7 @@
     python -m agi.core.dht.testing.run --seeds 1000             many, over all processors
     python -m agi.core.dht.testing.run --seed 42                one, with all that happened in it
     python -m agi.core.dht.testing.run --seed 42 --trace t.txt  and its trace as text, to read or to compare
+    python -m agi.core.dht.testing.run --profile churn --turn lag  clusters of one kind only, many or one
 
 Each seed of many runs a cluster (trial.py) and then, under the same number, a bootstrap (formation.py). The exit code
 is 1 if a seed failed, or if a fault that the run is about did not occur in it at all.
@@ -17,29 +18,36 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from agi.core.dht.testing.formation import run_formation
 from agi.core.dht.testing.report import MUST_HAPPEN, Report
+from agi.core.dht.testing.scenario import Profile, Turn
 from agi.core.dht.testing.trial import run_seed
 
 CHUNK_SEEDS = 4
 """Seeds that a worker process takes at a time."""
 
 
-def run_both(seed: int) -> list[Report]:
-    """The cluster and the formation of one seed."""
+def run_both(seed: int, profile: Profile | None = None, turn: Turn | None = None) -> list[Report]:
+    """The cluster and the formation of one seed; where a profile is named, only the cluster, of that profile."""
+    if profile is not None:
+        return [run_seed(seed, profile=profile, turn=turn)]
     return [run_seed(seed), run_formation(seed)]
 
 
-def run_seeds(seeds: Sequence[int], jobs: int) -> Iterator[Report]:
+def run_seeds(
+    seeds: Sequence[int], jobs: int, profile: Profile | None = None, turn: Turn | None = None
+) -> Iterator[Report]:
     """Reports of these seeds, as they come, from `jobs` processes."""
+    run = partial(run_both, profile=profile, turn=turn)
     if jobs == 1:
         for seed in seeds:
-            yield from run_both(seed)
+            yield from run(seed)
         return
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        for reports in pool.imap(run_both, seeds, CHUNK_SEEDS):
+        for reports in pool.imap(run, seeds, CHUNK_SEEDS):
             yield from reports
 
 
@@ -57,20 +65,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: all processors)")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="with --seed: write the trace as text")
     parser.add_argument("--formation", action="store_true", help="with --seed: its bootstrap, not its cluster")
+    parser.add_argument("--profile", type=Profile, choices=list(Profile), help="clusters of this profile only")
+    parser.add_argument("--turn", type=Turn, choices=list(Turn), help="of the profile churn, of this turn only")
     given = parser.parse_args(argv)
+    if given.turn is not None and given.profile is not Profile.CHURN:
+        parser.error("a turn is one of the profile churn")
     if given.seed is not None:
-        run = run_formation if given.formation else run_seed
-        report = run(given.seed, trace_path=given.trace)
+        run = partial(run_seed, profile=given.profile, turn=given.turn)
+        report = (run_formation if given.formation else run)(given.seed, trace_path=given.trace)
         _say(f"{report}\n\n{report.plan}")
         return 1 if report.findings else 0
-    return _run_many(range(given.first, given.first + given.seeds), given.jobs)
+    return _run_many(range(given.first, given.first + given.seeds), given.jobs, given.profile, given.turn)
 
 
-def _run_many(seeds: Sequence[int], jobs: int) -> int:
+def _run_many(seeds: Sequence[int], jobs: int, profile: Profile | None, turn: Turn | None) -> int:
     began = time.perf_counter()
     counts: Counter[str] = Counter()
     failed: list[Report] = []
-    for report in run_seeds(seeds, jobs):
+    for report in run_seeds(seeds, jobs, profile, turn):
         counts.update(report.counts)
         if report.findings:
             failed.append(report)
@@ -80,7 +92,7 @@ def _run_many(seeds: Sequence[int], jobs: int) -> int:
     _say("in all: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     for report in failed:
         _say(f"FAILED: {report.findings[0].check}; replay it with `make sim SEED={report.replay}`")
-    lacking = missing(counts)
+    lacking = missing(counts) if profile is None else []
     if lacking:
         _say(f"FAILED: nothing was tested, for these never happened: {', '.join(lacking)}")
     return 1 if failed or lacking else 0

@@ -7,6 +7,8 @@ A seed has a profile, which says what it is mostly about, so that not all faults
     power     crashes and power cuts, of one node or of all at once; disks that are slow, full or fail
     clocks    wall clocks that jump, are set back for good, and crashes meanwhile
     chaos     all of it
+    churn     members come and go, one change after the other, while records and news of the changes get lost on the
+              way to some; nothing heals replicas but reads
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ SKEW_MS_MAX = 2_000
 """How far a node's wall clock is off when it starts."""
 SET_BACK_MS_MAX = 3_600_000
 DRIFT = 0.01
+ONLY_ROUNDS_SHARE = 0.3
 
 
 class Profile(enum.StrEnum):
@@ -34,6 +37,7 @@ class Profile(enum.StrEnum):
     POWER = "power"
     CLOCKS = "clocks"
     CHAOS = "chaos"
+    CHURN = "churn"
 
 
 _SHARES = {Profile.CALM: 1, Profile.NETWORK: 3, Profile.POWER: 3, Profile.CLOCKS: 2, Profile.CHAOS: 3}
@@ -64,6 +68,71 @@ _KEYS_HOT = (1, 1, 2, 4)
 _BLACKOUT_EVERY_S = {Profile.POWER: 1.5, Profile.CLOCKS: 1.5, Profile.CHAOS: 5.0}
 """Mean time between power cuts of the whole cluster."""
 
+CHURN_SHARE = 0.25
+"""Of all seeds."""
+_CHURN = FaultMix(
+    every_s={FaultKind.DEAF: 0.3, FaultKind.UNTOLD: 3.0, FaultKind.CLOG: 8.0},
+    for_s=(0.5, 2.5),
+    deaf_percent=(100, 100, 50),
+    links=replace(_LINKS, loss_chance=0.004, duplicate_chance=0.0),
+    disk=SLOW_DISK,
+)
+"""Nothing that holds a change up for long: members have to come and go while replicas are behind."""
+
+
+class Turn(enum.StrEnum):
+    """What churn is about in a seed."""
+
+    MOVE = "move"
+    """Replicas move while some are behind."""
+    LAG = "lag"
+    """Some hear of changes a little late; keys are few and busy."""
+    STRAY = "stray"
+    """So late that they go on as before the change when it is over."""
+    SHRINK = "shrink"
+    """So many leave that fewer remain than the factor, down to one."""
+    LOSE = "lose"
+    """Disks are lost, and their nodes started again at once."""
+    ALL = "all"
+    """Crashes, pauses and partitions too."""
+
+
+_TURNS = {Turn.MOVE: 3, Turn.LAG: 2, Turn.STRAY: 2, Turn.SHRINK: 2, Turn.LOSE: 2, Turn.ALL: 1}
+_TURN_EVERY_S: dict[Turn, dict[FaultKind, float]] = {
+    Turn.MOVE: {},
+    Turn.LAG: {FaultKind.UNTOLD: 0.8, FaultKind.DEAF: 0.4},
+    Turn.STRAY: {FaultKind.UNTOLD: 0.8, FaultKind.DEAF: 0.4},
+    Turn.SHRINK: {FaultKind.DEAF: 2.0},
+    Turn.LOSE: {FaultKind.WIPE: 1.0},
+    Turn.ALL: {FaultKind.ONE_WAY: 6.0, FaultKind.PAUSE: 6.0, FaultKind.CRASH: 6.0, FaultKind.WIPE: 6.0},
+}
+_TURN_FOR_S = {Turn.LAG: (0.3, 1.2), Turn.SHRINK: (3.0, 6.0)}
+
+
+@dataclass(frozen=True, slots=True)
+class Churn:
+    """How members change.
+
+    Attributes:
+        turn: what it is about.
+        rest_s: after so long of orders to leave there are none for as long; 0 for no such rest.
+        stays: who is not ordered to leave, so that somebody remains whom those know that were away.
+        away_s: how long who was let go is away before it joins as new, at least and at most.
+        force_share: of the orders to leave, those that are forced where fewer nodes than replicas remain.
+        cancel_share: of the orders that fall into a change, those that undo it; the others are not given.
+        replaces_share: of the nodes that start as new while a member is down, those that are to take its place.
+        weight_share: of the orders, those that change a member's weight instead.
+    """
+
+    turn: Turn
+    rest_s: float
+    stays: str
+    away_s: tuple[float, float]
+    force_share: float
+    cancel_share: float
+    replaces_share: float
+    weight_share: float
+
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
@@ -80,6 +149,7 @@ class Scenario:
         joiners: of the nodes, those that start once the cluster has formed; the others' lists do not name them.
         changes_every_s: mean time between orders that a node leave, or that a change be undone, each given at some
             node; 0 for none.
+        churn: how members change all the time, instead.
         read_last: whether the judge reads only after all replicas have become equal without that; else it reads first,
             so that what repair would hide is seen.
     """
@@ -100,13 +170,17 @@ class Scenario:
     read_last: bool = False
     joiners: tuple[str, ...] = ()
     changes_every_s: float = 0.0
+    churn: Churn | None = None
 
     @classmethod
-    def draw(cls, seed: int, profile: Profile | None = None) -> Scenario:
-        """The scenario of a seed; of a given profile only for tests that look for one kind of fault."""
+    def draw(cls, seed: int, profile: Profile | None = None, turn: Turn | None = None) -> Scenario:
+        """The scenario of a seed; of a given profile, and of a given turn of churn, only for tests that look for one
+        kind of fault."""
         rng = random.Random(f"{seed}/scenario")
         drawn = rng.choices(list(_SHARES), list(_SHARES.values()))[0]
         profile = profile or drawn
+        if profile is Profile.CHURN:
+            return _churn(seed, turn)
         count = rng.choice((3, 3, 3, 4, 5, 5, 6, 7))
         nodes = tuple(f"n{number}" for number in range(1, count + 1))
         factor = rng.choice((3, 3, 5))
@@ -132,6 +206,7 @@ class Scenario:
                 "requests.hedge_budget": rng.choice((0.0, 0.05, 0.5)),
                 **_health(random.Random(f"{seed}/health")),
                 **_repair(random.Random(f"{seed}/repair")),
+                **_reclaim(random.Random(f"{seed}/reclaim"), profile),
                 "migration.join_timeout_ms": changing.choice((1000, 3000)),
             },
             {name: rng.randint(-SKEW_MS_MAX, SKEW_MS_MAX) for name in nodes},
@@ -148,12 +223,101 @@ class Scenario:
 
     def __str__(self) -> str:
         workload = self.workload
+        about = self.profile if self.churn is None else f"{self.profile} ({self.churn.turn})"
         return (
-            f"seed {self.seed}: {self.profile}, {len(self.nodes)} nodes, factor {self.factor}, {workload.clients} x "
+            f"seed {self.seed}: {about}, {len(self.nodes)} nodes, factor {self.factor}, {workload.clients} x "
             f"{workload.workers} clients, {workload.keys} keys, {self.plan.safety_s:.1f} s of faults"
             f"{' from the start' if self.faults_from_start else ''}"
             f"{f', {len(self.joiners)} of the nodes join' if self.joiners else ''}"
         )
+
+
+def churns(seed: int) -> bool:
+    """Whether a seed of a cluster is one of churn, if nothing else is asked for. `draw` has no say in this, so that
+    the bootstrap of the same number is about bootstrapping."""
+    return random.Random(f"{seed}/churn").random() < CHURN_SHARE
+
+
+def _churn(seed: int, turn: Turn | None) -> Scenario:
+    """Few points on the ring, so that a change moves much; hints and comparisons are off, so that nothing but reads and
+    later writes brings to a replica what it missed."""
+    rng = random.Random(f"{seed}/churning")
+    drawn = rng.choices(list(_TURNS), list(_TURNS.values()))[0]
+    turn = turn or drawn
+    shrinks, lags = turn is Turn.SHRINK, turn in (Turn.LAG, Turn.STRAY)
+    factor = 5 if shrinks and rng.getrandbits(1) else 3
+    count = 5 if factor == 5 or lags else rng.choice((4, 5) if not shrinks else (3, 4))
+    nodes = tuple(f"n{number}" for number in range(1, 1 + count + (1 if shrinks else 2)))
+    first, joiners = nodes[:count], nodes[count:]
+    safety_s = rng.uniform(8.0, 12.0)
+    mix = replace(
+        _CHURN,
+        every_s={**_CHURN.every_s, **_TURN_EVERY_S[turn]},
+        for_s=_TURN_FOR_S.get(turn, _CHURN.for_s),
+        few=1 if shrinks and factor == 3 else 2,
+        down_max=1,
+        disk=rng.choice((_NO_DISK, SLOW_DISK)),
+    )
+    listed = tuple(map(address_of, first))
+    clients = rng.choice((2, 3))
+    return Scenario(
+        seed,
+        Profile.CHURN,
+        nodes,
+        factor,
+        dict.fromkeys(first, listed) | dict.fromkeys(joiners, tuple(map(address_of, nodes))),
+        {
+            "ring.virtual_nodes": rng.choice((1, 2, 3)),
+            "replication.factor": factor,
+            "network.connection_pool_size": 1,
+            "requests.hedge_budget": rng.choice((0.0, 0.05)),
+            "hints.bytes_max_mb": 0,
+            **_health(random.Random(f"{seed}/health")),
+            "repair.interval_ms": 0,
+            "network.timeout_ms": 300,
+            "migration.join_timeout_ms": 1000,
+            "migration.bytes_per_s": rng.choice((4096, 1 << 24)),
+            "migration.eviction_timeout_ms": rng.choice((0, 0, 1000)),
+        },
+        {name: rng.randint(-SKEW_MS_MAX, SKEW_MS_MAX) for name in nodes},
+        {name: 1.0 + rng.uniform(-DRIFT, DRIFT) for name in nodes},
+        dict.fromkeys(nodes, 0.0),
+        False,
+        0.0,
+        Workload(
+            clients,
+            workers=3 if lags else 2,
+            keys=4 if lags else 24,
+            weights={
+                Operation.GET: 2.0,
+                Operation.GET_ENTRY: 2.0,
+                Operation.PUT: 3.0 if lags else 6.0,
+                Operation.DELETE: 0.3,
+                Operation.GET_MANY: 0.1,
+                Operation.PUT_MANY: 0.2,
+                Operation.SCAN: 0.05,
+            },
+            think_s=rng.choice((0.005, 0.015)) * clients * 2,
+            timeout_s=rng.choice((0.2, 0.3) if lags else (0.3, 0.5)),
+            batch_max=3,
+            page_size=1000,
+            all_share=0.0,
+        ),
+        FaultPlan.draw(rng, nodes, safety_s=safety_s, mix=mix),
+        rng.getrandbits(1) == 0,
+        joiners,
+        0.1,
+        Churn(
+            turn,
+            rest_s=2.5 if shrinks else 0.0,
+            stays=rng.choice(first) if shrinks else "",
+            away_s=(1.0, 2.5) if shrinks else (0.05, 0.6),
+            force_share=0.8 if shrinks else 0.0,
+            cancel_share=rng.choice((0.0, 0.02)),
+            replaces_share=0.5,
+            weight_share=0.0 if shrinks else rng.choice((0.0, 0.3)),
+        ),
+    )
 
 
 def address_of(name: str) -> str:
@@ -169,6 +333,18 @@ def _peers(nodes: tuple[str, ...], index: int, everyone: bool) -> tuple[str, ...
 def _repair(rng: random.Random) -> dict[str, object]:
     """Comparisons while the faults last. Records are left alone as young for `timeout_ms`; clients state their own."""
     return {"repair.interval_ms": rng.choice((200, 500, 2000)), "network.timeout_ms": rng.choice((100, 300, 1000))}
+
+
+def _reclaim(rng: random.Random, profile: Profile) -> dict[str, object]:
+    """Rounds while the faults last, up to versions so young that writes under way come too late for them. In some seeds
+    nothing else brings to a replica what it missed."""
+    settings: dict[str, object] = {
+        "reclaim.interval_ms": rng.choice((200, 500, 2000)),
+        "reclaim.lag_ms": rng.choice((0, 50, 500)),
+    }
+    if profile is Profile.NETWORK and rng.random() < ONLY_ROUNDS_SHARE:
+        return {"reclaim.interval_ms": 300, "reclaim.lag_ms": 0, "hints.bytes_max_mb": 0, "repair.interval_ms": 0}
+    return settings
 
 
 def _health(rng: random.Random) -> dict[str, object]:

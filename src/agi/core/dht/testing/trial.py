@@ -19,7 +19,7 @@ from agi.core.dht.testing.checks import Call, Finding, History, Outcome, check_h
 from agi.core.dht.testing.cluster import CONVERGE_S, SimCluster
 from agi.core.dht.testing.faults import FaultDriver
 from agi.core.dht.testing.report import Report, count_faults, guarded
-from agi.core.dht.testing.scenario import Profile, Scenario, address_of
+from agi.core.dht.testing.scenario import Profile, Scenario, Turn, address_of, churns
 from agi.core.dht.testing.simulation import Simulation
 from agi.core.dht.testing.workload import CONNECT_TIMEOUT_S, Client, Recorder, fresh_values, unfinished
 from agi.core.dht.types import Consistency
@@ -30,14 +30,18 @@ READ_TIMEOUT_S = 2.0
 READ_ATTEMPTS_MAX = 3
 
 
-def run_seed(seed: int, *, profile: Profile | None = None, trace_path: Path | None = None) -> Report:
+def run_seed(
+    seed: int, *, profile: Profile | None = None, turn: Turn | None = None, trace_path: Path | None = None
+) -> Report:
     """Runs one seed. An error in the program under test becomes a finding too.
 
     Args:
-        profile: instead of the one that the seed draws.
+        profile, turn: instead of those that the seed draws.
         trace_path: write the whole trace as text to this file.
     """
-    scenario = Scenario.draw(seed, profile)
+    if profile is None and churns(seed):
+        profile = Profile.CHURN
+    scenario = Scenario.draw(seed, profile, turn)
     report = Report(seed, str(scenario), str(scenario.plan), str(seed))
     return guarded(report, lambda sim: _Trial(sim, scenario, report).run(), LIMIT_S, trace_path)
 
@@ -51,7 +55,9 @@ class _Trial:
         self.recorder = Recorder(sim, self.history)
         self.values = fresh_values()
         self.cluster = SimCluster(sim, scenario)
-        self.driver = FaultDriver(sim, self.cluster.network, self.cluster.disks, self.cluster.boot, scenario.plan)
+        self.driver = FaultDriver(
+            sim, self.cluster.network, self.cluster.disks, self.cluster.boot, scenario.plan, self.cluster.lose
+        )
         self.clients = [self._client(f"c{number}") for number in range(1, scenario.workload.clients + 1)]
         self.judge = self._client("judge")
 
@@ -85,6 +91,11 @@ class _Trial:
                 findings.append(left)
             if not self.scenario.read_last:
                 await self._equal()
+            if "reclaim.interval_ms" in self.scenario.settings:
+                kept = await self.cluster.wait_reclaimed(self.scenario.workload.names)
+                if kept is not None:
+                    findings.append(kept)
+                await self._equal()
         findings += check_history(self.history)
         findings += [Finding("deadline", f"{call} never returned") for call in unfinished(self.history.calls)]
         findings += self.cluster.check_topologies()
@@ -106,9 +117,12 @@ class _Trial:
                 self.report.findings.append(stuck)
         late = self.sim.stream("joiners")
         for name in scenario.joiners:
-            loop.call_later(late.uniform(0.0, scenario.plan.safety_s), partial(self._join, name))
+            last_s = scenario.plan.safety_s if scenario.churn is None else scenario.churn.away_s[1]
+            loop.call_later(late.uniform(0.0, last_s), partial(cluster.come_back, name))
         await self.driver.run()
         cluster.settling = True
+        for name in sorted(cluster.absent):
+            cluster.come_back(name)
         for client in self.clients:
             client.stop = True
         workload = scenario.workload
@@ -120,18 +134,15 @@ class _Trial:
         except TimeoutError:
             self.report.findings.append(Finding("deadline", f"clients still ran {patience_s:.1f} s after the healing"))
 
-    def _join(self, name: str) -> None:
-        self.cluster.absent.discard(name)
-        self.cluster.boot(name)
-
     # --- at rest
 
     async def _equal(self) -> None:
         """All replicas of every key become the same by themselves, and nothing is lost on the way."""
         names = self.scenario.workload.names
-        different = await self.cluster.wait_equal(names)
-        if different is not None:
-            self.report.findings.append(different)
+        if self.scenario.settings["repair.interval_ms"]:
+            different = await self.cluster.wait_equal(names)
+            if different is not None:
+                self.report.findings.append(different)
         self.report.findings += self.cluster.check_ttl(names)
 
     async def _judge(self) -> None:
@@ -190,12 +201,16 @@ class _Trial:
         report.counts["hints replayed"] = sum(each.replayed for each in self.cluster.hints)
         report.counts["exchanges"] = sum(each.exchanges for each in self.cluster.repairs)
         report.counts["differences repaired"] = sum(each.differences for each in self.cluster.repairs)
+        report.counts["rounds"] = sum(each.rounds for each in self.cluster.reclaimers)
+        report.counts["reclaimed"] = sum(each.reclaimed for each in self.cluster.reclaimers)
+        report.counts["below floors"] = sum(each.replica_below_floor for each in metrics)
         report.counts["epochs proposed"] = self.cluster.proposed
         report.counts["epochs agreed"] = self.cluster.agreed
         report.counts["changes ordered"] = self.cluster.ordered
         report.counts["changes begun"] = self.cluster.changed
         report.counts["joined"] = len(set(self.scenario.joiners) - self.cluster.absent)
         report.counts["let go"] = self.cluster.left
+        report.counts["disks lost"] = self.cluster.disks_lost
         report.counts["declared dead"] = self.cluster.declared_dead
         report.counts["of these refuted"] = self.cluster.false_deaths
         report.counts["hedges"] = sum(each.hedges for each in metrics)
