@@ -602,9 +602,7 @@ class Node:
     # --- requests of clients
 
     def _ready(self) -> WireError | None:
-        if not self.serving:
-            return NotReady(f"{self.node_id} is not ready: {self.waiting_for}").to_wire()
-        return None
+        return None if self.serving else self._not_ready()
 
     def _get(self, session: Session, link: Link, request: Get) -> None:
         if self.coordinator is None or not self.serving:
@@ -625,17 +623,20 @@ class Node:
             kept += [None] * len(rest)
             session.send(link, GetReply(reply.id, kept, (reply.errors or []) + rest, reply.error))
 
+    def _not_ready(self) -> WireError:
+        return NotReady(f"{self.node_id} is not ready: {self.waiting_for}").to_wire()
+
     def _put(self, session: Session, link: Link, request: Put) -> None:
-        if self.coordinator is None or not self.serving:
-            link.send(PutReply(request.id, [], None, self._ready()))
+        if session.turns_away(request.id, self.serving) or self.coordinator is None:
+            link.send(PutReply(request.id, [], None, self._not_ready()))
             return
         if self._debug:
             _log.debug("put", trace=f"{session.name}:{request.id}", keys=len(request.keys), retry=request.retry)
         self.coordinator.put(request, link.send, session.name)
 
     def _delete(self, session: Session, link: Link, request: Delete) -> None:
-        if self.coordinator is None or not self.serving:
-            link.send(DeleteReply(request.id, [], None, self._ready()))
+        if session.turns_away(request.id, self.serving) or self.coordinator is None:
+            link.send(DeleteReply(request.id, [], None, self._not_ready()))
             return
         if self._debug:
             _log.debug("delete", trace=f"{session.name}:{request.id}", keys=len(request.keys), retry=request.retry)

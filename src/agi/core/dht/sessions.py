@@ -11,18 +11,33 @@ from agi.core.dht.transport.base import Link
 from agi.core.dht.transport.codec import encode
 from agi.core.dht.types import BATCH_BYTES_MAX, BULK_VALUE_BYTES
 
+REFUSED_MAX = 1024
+"""Refused writes of one client that a node remembers."""
+
 
 class Session:
     """The other side of an accepted link, after its Hello. Links of one peer share it: replies too large for the link
     of the request leave on another."""
 
-    __slots__ = ("kind", "links", "member", "name")
+    __slots__ = ("kind", "links", "member", "name", "refused")
 
     def __init__(self, kind: str, name: str, member: bool) -> None:
         self.kind = kind
         self.name = name
         self.member = member
         self.links: list[Link] = []
+        self.refused: dict[int, None] = {}
+
+    def turns_away(self, number: int, ready: bool) -> bool:
+        """Whether a write is not taken. One that was refused stays so: its client has gone elsewhere with it, and a
+        doubled frame would write it a second time."""
+        refused = self.refused
+        if ready and number not in refused:
+            return False
+        refused[number] = None
+        if len(refused) > REFUSED_MAX:
+            del refused[next(iter(refused))]
+        return True
 
     def send(self, link: Link, message: Message) -> None:
         """Answers on the link of the request, or for large frames on another of the pool. Raises TransportError."""
