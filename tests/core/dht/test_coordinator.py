@@ -346,6 +346,45 @@ async def test_a_retry_while_the_first_try_runs_gets_its_answer() -> None:
         hold()
 
 
+@pytest.mark.parametrize("kind", [Put, Delete])
+async def test_a_doubled_frame_is_not_taken_after_its_first_copy_was_refused(kind: type[Put] | type[Delete]) -> None:
+    def request() -> Put | Delete:
+        return Put(7, QUORUM, 500, [b"k"], [b"twice"]) if kind is Put else Delete(7, QUORUM, 500, [b"k"])
+
+    async with Cluster(3) as cluster:
+        wire = await cluster.wire(0, "writer")
+        await wire.ask(put(b"before"))
+        held = cluster.held("k")
+        await cluster.down(1)
+        await cluster.down(2)
+        first = await wire.ask(request())
+        assert type(error_of(first)) is Unavailable  # nothing was written, so the client is free to go elsewhere
+        await cluster.up(1)
+        await cluster.up(2)
+        assert await wire.ask(request()) == first and cluster.held("k") == held
+        assert (await wire.ask(put(b"after"))).errors is None
+
+
+async def test_a_doubled_frame_is_not_taken_once_the_node_is_ready_or_has_room() -> None:
+    async with Cluster(3) as cluster:
+        node = cluster.node(0)
+        assert node.coordinator is not None
+        wire = await cluster.wire(0, "writer")
+        node._leaving = True
+        first = await wire.ask(put(b"twice", number=7))
+        assert type(error_of(first)) is NotReady
+        node._leaving = False
+        assert type(error_of(await wire.ask(put(b"twice", number=7)))) is NotReady
+        requests = node.coordinator._requests
+        room, requests._bytes_max = requests._bytes_max, 0
+        first = await wire.ask(put(b"twice", number=8))
+        assert type(error_of(first)) is Overloaded
+        requests._bytes_max = room
+        assert await wire.ask(put(b"twice", number=8)) == first
+        assert cluster.held("k") == [None] * 3
+        assert (await wire.ask(put(b"once", number=9))).errors is None
+
+
 async def test_what_has_left_the_table_is_refused_not_repeated() -> None:
     async with Cluster(1, factor=1, settings={"dht.requests.dedup_entries": 10}) as cluster:
         wire = await cluster.wire(0)

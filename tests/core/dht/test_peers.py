@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 from cluster import Cluster, until
 
 from agi.core.dht import peers
 from agi.core.dht.errors import ClonedNode, ClusterError, ProtocolMismatch, UnknownDisk
-from agi.core.dht.protocol.messages import Hello, Message, Put, ReplicaWrite, ReplicaWriteReply
+from agi.core.dht.protocol.messages import Hello, Message, Put, Query, ReplicaWrite, ReplicaWriteReply
 from agi.core.dht.topology import Topology
 from agi.core.dht.types import BULK_VALUE_BYTES
 
@@ -97,6 +98,22 @@ async def test_strangers_in_known_clothes_are_refused() -> None:
         await cluster.up(1)  # a real restart raises the counter, and is let in
         with pytest.raises(ClonedNode):
             await cluster.wire(0, hello=hello(boot=cluster.node(1).hello().boot - 1, run_id="old"))
+
+
+async def test_a_strange_disk_may_bring_the_epoch_that_names_it() -> None:
+    async with Cluster(3) as cluster:
+        base = cluster.node(0).known_topology
+        renewed = [
+            msgspec.structs.replace(member, disk_id="new") if member.node_id == "n1" else member
+            for member in base.members
+        ]
+        newer = base.next(renewed, "n1 has another disk", 1)
+        known = cluster.node(1).hello()
+        known.disk_id, known.topology = "new", newer.packed
+        with pytest.raises(UnknownDisk):
+            await cluster.wire(0, hello=known)  # as far as this node knew
+        await until(lambda: cluster.node(0).known_topology.digest == newer.digest)
+        await (await cluster.wire(0, hello=known)).ask(Query(0, "status", 1000))
 
 
 async def test_the_first_message_is_a_hello_and_replies_are_no_requests() -> None:

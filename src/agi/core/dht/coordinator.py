@@ -82,6 +82,10 @@ class Coordinator:
         its correlation id too, unless there is a `trace`."""
         self._writes.start(request, reply, client, trace)
 
+    def try_again(self, client: str, number: int) -> None:
+        """A write of that name comes once more, on purpose: it is written if the last try stored nothing."""
+        self._writes.try_again(client, number)
+
     def delete(self, request: Delete, reply: ReplyTo, client: str, trace: str = "") -> None:
         """Deletes a batch; `reply` gets one DeleteReply by the deadline."""
         self._writes.start(request, reply, client, trace)

@@ -72,6 +72,8 @@ def check_hello(node: Node, boots: KnownBoots, theirs: Hello) -> None:
     topology = node.topology
     if topology is None:
         return
+    if theirs.topology:  # before the disk is judged: it may be a newer epoch that names it
+        node.epochs.hear_of(unpack(theirs.topology), theirs.name)
     member = topology.by_id.get(theirs.name)
     asks_for_its_place = theirs.replaces == theirs.name and not theirs.topology
     if member is not None and member.disk_id != theirs.disk_id and not asks_for_its_place:
@@ -80,8 +82,6 @@ def check_hello(node: Node, boots: KnownBoots, theirs: Hello) -> None:
             f"one acknowledged. If that is gone for good, start it with `--replace {theirs.name}`, or let "
             f"`agi-dht remove {theirs.name}` take it out first"
         )
-    if theirs.topology:
-        node.epochs.hear_of(unpack(theirs.topology), theirs.name)
 
 
 class KnownBoots:

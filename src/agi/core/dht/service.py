@@ -440,6 +440,7 @@ class Service(DHTServicer):
             same.append(future)
             self._node.metrics.retries_deduplicated += 1
         else:
+            coordinator.try_again(*name)
             same = self._writes[name] = [future]
             trace = call.trace or f"{client}:{write.id}"
             if self._debug:

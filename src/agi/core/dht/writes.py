@@ -80,9 +80,6 @@ class Writes:
         """Writes a batch; `reply` gets one PutReply or DeleteReply by the deadline."""
         requests = self._requests
         known = self._known.get(client, request.id)
-        if known is not None and not request.retry and _came_to_nothing(known):
-            self._known.drop(client, request.id)  # a caller that marks no retries tries again
-            known = None
         if known is not None:
             requests.metrics.retries_deduplicated += 1
             if isinstance(known, WriteOperation):
@@ -101,7 +98,10 @@ class Writes:
             cost = requests.admit(request.keys, values)
         except DHTError as error:
             kind = PutReply if isinstance(request, Put) else DeleteReply
-            reply(kind(request.id, [], None, error.to_wire()))
+            refusal = kind(request.id, [], None, error.to_wire())
+            if not request.retry:  # its client goes elsewhere with it: a doubled frame is not to be taken after all
+                self._known.add(client, request.id, refusal, 1)
+            reply(refusal)
             return
         trace = trace or f"{client}:{request.id}"
         operation = WriteOperation(request, reply, trace, requests.clock.monotonic(), cost, client)
@@ -109,6 +109,12 @@ class Writes:
         for places, keys, replicas in requests.parts(operation, None, request.keys):
             group = JointWriteGroup if type(replicas) is JointSet else WriteGroup
             group(self, requests, operation, places, keys, replicas, needed).start()
+
+    def try_again(self, client: str, number: int) -> None:
+        """The caller that names its writes itself repeats one of them: if nothing of it was stored, it is a new try."""
+        known = self._known.get(client, number)
+        if known is not None and _came_to_nothing(known):
+            self._known.drop(client, number)
 
     def restart(
         self, operation: WriteOperation, places: list[int] | None, keys: list[bytes], records: list[bytes]
@@ -431,8 +437,10 @@ class JointWriteGroup(JointWriteQuorum, WriteGroup):
 
 def _came_to_nothing(known: WriteOperation | PutReply | DeleteReply) -> bool:
     """Every key of a batch failed, and in a way that tells that it is stored nowhere (D3)."""
-    if isinstance(known, WriteOperation) or known.errors is None:
+    if isinstance(known, WriteOperation):
         return False
+    if known.errors is None:
+        return known.error is not None
     keys = len(known.versions if isinstance(known, PutReply) else known.existed)
     return len(known.errors) == keys and all(
         isinstance(from_wire(*wire), Unavailable | ClockSkew | InvalidRequest) for _, wire in known.errors

@@ -163,8 +163,8 @@ class SimCluster:
         """`lost` as of now: without those that the cluster has let go, or taken back, which it must not."""
         if self.lost and not newest.in_transition:
             disks = {member.node_id: member.disk_id for member in newest.members}
-            back = {name for name, node in self.running.items() if node.topology is not None}
-            self.lost = {name: disk for name, disk in self.lost.items() if disks.get(name) == disk and name not in back}
+            back = {node.identity.disk_id for node in self.running.values()}
+            self.lost = {name: disk for name, disk in self.lost.items() if disks.get(name) == disk and disk not in back}
         return self.lost
 
     def _renew(self, name: str) -> None:
@@ -504,24 +504,22 @@ class SimCluster:
     # --- watching
 
     def _member_status(
-        self, node: Node, ended: dict[tuple[str, str], tuple[int, int]], member: str, status: MemberStatus
+        self, node: Node, ended: dict[str, tuple[int, tuple[int, int]]], member: str, status: MemberStatus
     ) -> None:
-        """Who was declared dead is alive again only by a later start or incarnation of its own. One that joins again
-        with another disk is another."""
+        """Who was declared dead is alive again only by a later start or incarnation of its own. A name with another
+        disk is another, of which nothing is remembered."""
         assert node.detector.core is not None
         claim = node.detector.core.view.get(member)
         if claim.status is not status:
             return  # one message told of this and of what came after it; only the latter can be seen now
         life = (claim.boot, claim.incarnation)
         self.sim.trace.record("member", f"{node.node_id} holds {member} {status.name} {life}")
-        named = node.known_topology.by_id.get(member)
-        who = (member, "" if named is None else named.disk_id)
         if status in GONE:
             self.declared_dead += status is MemberStatus.DEAD
-            ended[who] = life
+            ended[member] = claim.disk, life
             return
-        end = ended.pop(who, None)
-        if end is None or life == (0, 0):  # of which nothing was heard: it was let go and has joined again
+        disk, end = ended.pop(member, (0, (0, 0)))
+        if disk != claim.disk or life == (0, 0):  # of which nothing was heard: it was let go and has joined again
             return
         self.false_deaths += end[0] == claim.boot
         if life <= end:
