@@ -129,7 +129,7 @@ async def _deaths(cluster: LocalCluster) -> dict[str, int]:
     for i in range(len(cluster.nodes)):
         address = cluster.node(i).announced["http_address"]
         text = await asyncio.to_thread(
-            lambda at=address: urllib.request.urlopen(f"http://{at}/metrics").read().decode()
+            lambda at=address: urllib.request.urlopen(f"http://{at}/metrics", timeout=10).read().decode()
         )
         found = re.search(r"^dht_false_deaths_total (\S+)$", text, re.MULTILINE)
         assert found is not None

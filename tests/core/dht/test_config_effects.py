@@ -1052,7 +1052,7 @@ async def reclaims(settings: dict[str, object], deleted_ms: int) -> bool:
         await knows_its_trees(cluster)
         try:
             async with asyncio.timeout(0.5):
-                while cluster.held("k")[0] is not None:  # noqa: ASYNC110
+                while cluster.held("k")[0] is not None:  # noqa: ASYNC110  # a round tells nobody
                     await asyncio.sleep(0.01)
         except TimeoutError:
             return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 
 import pytest
 from cluster import LOST, Cluster, until
@@ -325,6 +326,32 @@ async def test_data_of_arcs_that_are_gone_is_dropped() -> None:
         for key in KEYS:
             assert [record is not None for record in cluster.held(key)] == [i in cluster.holders(key) for i in range(4)]
         assert await client.get_many(KEYS) == dict.fromkeys(KEYS, b"v1")
+
+
+async def test_an_arc_that_comes_during_a_look_at_the_store_is_not_taken_for_one_that_is_gone() -> None:
+    async with Cluster(4, settings=SETTINGS) as cluster:
+        client = await cluster.client()
+        await client.put_many(dict.fromkeys(KEYS, b"v1"), consistency=Consistency.ALL)
+        assert any(2 not in cluster.holders(key) for key in KEYS)
+        looking, changed = asyncio.Event(), asyncio.Event()
+        node = cluster.node(2)
+        walk = node.antientropy.keeper.walk
+
+        async def slowly(span: tuple[int, int]) -> AsyncIterator[list[tuple[bytes, bytes]]]:
+            async for page in walk(span):
+                looking.set()
+                await changed.wait()
+                yield page
+
+        node.antientropy.keeper.walk = slowly  # type: ignore[method-assign]  # so that much happens meanwhile
+        clearing = asyncio.ensure_future(node.reclaimer.clear())
+        await looking.wait()
+        node.antientropy.keeper.walk = walk  # type: ignore[method-assign]  # as it was
+        await client.leave("n3")
+        await until(lambda: not node.known_topology.in_transition)
+        changed.set()
+        await clearing
+        assert all(cluster.held(key)[2] is not None for key in KEYS)  # three nodes hold all
 
 
 async def test_a_tombstone_that_is_overwritten_meanwhile_is_not_taken() -> None:

@@ -117,8 +117,10 @@ class Peers:
         self._stopping = False
 
     def adopt(self, members: list[Member]) -> None:
-        """The other members from now on: links to new ones are made, those to removed ones end."""
-        for name in set(self.all) - {member.node_id for member in members}:
+        """The other members from now on: links to new ones are made, those to removed ones end. A name with another
+        disk is another."""
+        disks = {member.node_id: member.disk_id for member in members}
+        for name in [name for name, peer in self.all.items() if disks.get(name) != peer.member.disk_id]:
             peer = self.all.pop(name)
             self._tasks.pop(name).cancel()
             for link in list(peer.links):
@@ -187,7 +189,7 @@ class Peers:
 
     async def _keep(self, peer: Peer) -> None:
         backoff_s = BACKOFF_FIRST_S
-        while True:
+        while self.all.get(peer.node_id) is peer:  # a cancellation alone can get lost (tasks.py)
             try:
                 await self._connect(peer)
             except DHTError as error:
@@ -245,8 +247,9 @@ class Peers:
         if link not in peer.links:
             return
         links, peer.links = peer.links, []
-        self.connected.pop(peer.node_id, None)
-        self.usable.pop(peer.node_id, None)
+        if self.connected.get(peer.node_id) is peer:
+            del self.connected[peer.node_id]
+            self.usable.pop(peer.node_id, None)
         for other in links:
             other.close()
         reason = error or LinkClosed(f"{peer.node_id} closed the link")

@@ -105,7 +105,7 @@ class Reclaimer:
         self._lag_ms = int(lag_s * 1000)
         self._raising = asyncio.Lock()
         self._look = asyncio.Event()
-        self._closing: set[tuple[str, str, int]] = set()
+        self._closing: set[str] = set()
         self._steps = 0
 
     async def load(self) -> None:
@@ -123,7 +123,7 @@ class Reclaimer:
         or while members change."""
         if not isinstance(self._node.ring, Ring):
             return None
-        reclaimed = self._lowest(self._held(lambda part: True)).reclaimed
+        reclaimed = self._lowest(self._node.antientropy.keeper.held).reclaimed
         return (self._node.clock.wall_ms() - physical_ms(reclaimed)) / 1000 if reclaimed else None
 
     @property
@@ -241,10 +241,9 @@ class Reclaimer:
             if wait:
                 await self._close(placement, spans, leader, message)
                 return
-            what = (placement, leader, version)
-            if what not in self._closing:
-                self._closing.add(what)
-                self._own(self._close_quietly(what, spans, message), "close arcs")
+            if leader not in self._closing:  # for an earlier round, perhaps: then that ends first
+                self._closing.add(leader)
+                self._own(self._close_quietly(placement, spans, leader, message), "close arcs")
             raise NotReady(f"{node.node_id} is closing")
         elif message.step == RECLAIM:
             if self._lowest(spans).closed < version:
@@ -282,14 +281,14 @@ class Reclaimer:
                 await node.replica.settle()  # what was taken before is in the store: exchanges tell of it
             await self._ledger.store_floors(node.replica.floors)
 
-    async def _close_quietly(self, what: tuple[str, str, int], spans: list[Span], message: ReclaimStep) -> None:
+    async def _close_quietly(self, placement: str, spans: list[Span], leader: str, message: ReclaimStep) -> None:
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self._close(what[0], spans, what[1], message)
+                await self._close(placement, spans, leader, message)
         except (DHTError, TimeoutError) as error:
-            _log.info("not_closed", leader=what[1], error=str(error) or "no answer in time")
+            _log.info("not_closed", leader=leader, error=str(error) or "no answer in time")
         finally:
-            self._closing.discard(what)
+            self._closing.discard(leader)
 
     async def _close(self, placement: str, spans: list[Span], leader: str, message: ReclaimStep) -> None:
         """This node has all that the other replicas held when they had sealed; then it closes."""
@@ -338,7 +337,7 @@ class Reclaimer:
         node = self._node
         if not isinstance(node.ring, Ring):
             return
-        held = self._held(lambda part: True)
+        held, placement = node.antientropy.keeper.held, node.known_topology.placement
         dead, oldest_ms = 0, 0
         for span in joined(held):
             async for page in node.antientropy.keeper.walk(span):
@@ -348,7 +347,6 @@ class Reclaimer:
                 dead += len(left)
                 oldest_ms = min([oldest_ms or node.clock.wall_ms(), *(physical_ms(hlc_of(item)) for _, item in left)])
         self.dead, self.oldest_dead_ms = dead, oldest_ms
-        placement = node.known_topology.placement
         for span in _outside(held):
             self.dropped += await self._drop(span, lambda: node.known_topology.placement == placement)
 

@@ -181,7 +181,11 @@ class Topology(msgspec.Struct, frozen=True, array_like=True, dict=True):
         return min(self.factor, sum(member.state != JOINING for member in self.members))
 
     def ring(self) -> Ring | JointRing:
-        """Who holds which key now: while a change is under way, the replicas before and after it."""
+        """Who holds which key now: while a change is under way, the replicas before and after it. Made once."""
+        return self._now
+
+    @cached_property
+    def _now(self) -> Ring | JointRing:
         if not self.in_transition:
             return self._ring([(member, member.weight) for member in self.members])
         before = self.ring_before()

@@ -147,6 +147,11 @@ class TreeKeeper:
         self.trees.lose()
         self._work.set()
 
+    @property
+    def held(self) -> list[Span]:
+        """What this node holds, in token order."""
+        return [(tree.first, tree.last) for tree in self.trees.trees]
+
     def shared(self, name: str, bounds: Span) -> list[int]:
         """Positions of the ranges that this node holds too and that these tokens touch."""
         first, last = bounds

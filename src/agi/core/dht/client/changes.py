@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
@@ -139,17 +140,17 @@ async def wait_healthy(topology_of: Callable[[], Any], status_of: Callable[[], A
         raise Unavailable(f"not healthy after {timeout:g} s: {'; '.join(lines)}") from None
 
 
-class MembershipCalls:
+class MembershipCalls(abc.ABC):
     """What a client may order of the members."""
 
-    def _live(self) -> Session:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _live(self) -> Session: ...
 
-    async def topology(self) -> dict[str, Any]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    async def topology(self) -> dict[str, Any]: ...
 
-    async def status(self) -> dict[str, dict[str, Any]]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    async def status(self) -> dict[str, dict[str, Any]]: ...
 
     async def leave(
         self, node_id: str, *, force: bool = False, timeout: float = 600.0, on_progress: Progress | None = None

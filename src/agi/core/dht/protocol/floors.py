@@ -101,9 +101,8 @@ class Floors:
             height = self.at(first)
             while at < len(changes) and changes[at][1] < first:
                 at += 1
-            for low, _, change in changes[at:]:
-                if low > first:
-                    break
+            if at < len(changes) and changes[at][0] <= first:
+                change = changes[at][2]
                 height = NONE if change is None else height.over(change)
             if height == NONE:
                 continue

@@ -310,8 +310,7 @@ class SimCluster:
                     await self._order(node, Order("cancel"))
             elif not churn.rest_s or self.sim.now % (2 * churn.rest_s) < churn.rest_s:
                 force = rng.random() < churn.force_share
-                leaving = [name for name in topology.by_id if name != churn.stays] or list(topology.by_id)
-                what, names = ("remove", dead) if dead and rng.getrandbits(1) else ("leave", leaving)
+                what, names = ("remove", dead) if dead and rng.getrandbits(1) else ("leave", list(topology.by_id))
                 if rng.random() < churn.weight_share:
                     what = "weight"
                 await self._order(node, Order(what, rng.choice(names), force=force, weight=rng.choice((1.0, 2.0, 3.0))))

@@ -74,7 +74,7 @@ _CHURN = FaultMix(
     every_s={FaultKind.DEAF: 0.3, FaultKind.UNTOLD: 3.0, FaultKind.CLOG: 8.0},
     for_s=(0.5, 2.5),
     deaf_percent=(100, 100, 50),
-    links=replace(_LINKS, loss_chance=0.004, duplicate_chance=0.0),
+    links=replace(_LINKS, loss_chance=0.004),
     disk=SLOW_DISK,
 )
 """Nothing that holds a change up for long: members have to come and go while replicas are behind."""
@@ -116,7 +116,6 @@ class Churn:
     Attributes:
         turn: what it is about.
         rest_s: after so long of orders to leave there are none for as long; 0 for no such rest.
-        stays: who is not ordered to leave, so that somebody remains whom those know that were away.
         away_s: how long who was let go is away before it joins as new, at least and at most.
         force_share: of the orders to leave, those that are forced where fewer nodes than replicas remain.
         cancel_share: of the orders that fall into a change, those that undo it; the others are not given.
@@ -126,7 +125,6 @@ class Churn:
 
     turn: Turn
     rest_s: float
-    stays: str
     away_s: tuple[float, float]
     force_share: float
     cancel_share: float
@@ -310,7 +308,6 @@ def _churn(seed: int, turn: Turn | None) -> Scenario:
         Churn(
             turn,
             rest_s=2.5 if shrinks else 0.0,
-            stays=rng.choice(first) if shrinks else "",
             away_s=(1.0, 2.5) if shrinks else (0.05, 0.6),
             force_share=0.8 if shrinks else 0.0,
             cancel_share=rng.choice((0.0, 0.02)),
