@@ -30,10 +30,12 @@ from agi.core.dht.errors import (
     Unavailable,
     from_wire,
 )
+from agi.core.dht.joint import JointSet
 from agi.core.dht.node import Node
 from agi.core.dht.protocol.exchange import Report
 from agi.core.dht.protocol.merkle import HashTrees
 from agi.core.dht.protocol.messages import (
+    ArcListReply,
     REPAIR,
     Delete,
     Message,
@@ -158,6 +160,21 @@ async def test_with_more_nodes_than_replicas_only_replicas_of_a_key_get_it() -> 
             assert [i for i, held in enumerate(cluster.held(key)) if held] == sorted(cluster.holders(key))
         for node in cluster.living():
             assert set(node.antientropy.keeper.partners) == set(cluster.names) - {node.node_id}
+
+
+async def test_what_changes_hands_is_left_to_the_change() -> None:
+    """Repair would send a newcomer, from each of its peers, what it is just being brought."""
+    async with Cluster(3) as cluster:
+        cluster.rule(lambda src, dst, m: LOST if isinstance(m, ArcListReply) else None)
+        await cluster.add(wait=False)
+        await until(lambda: all(node.topology is not None and node.topology.in_transition for node in cluster.living()))
+        ring = cluster.node(0).known_topology.ring()
+        for node in cluster.living():
+            trees, partners = node.antientropy.keeper.trees.trees, node.antientropy.keeper.partners
+            assert "n3" not in partners
+            compared = {at for positions in partners.values() for at in positions}
+            for at, tree in enumerate(trees):
+                assert (at in compared) != isinstance(ring.replicas_at(tree.last), JointSet)
 
 
 async def test_a_node_that_comes_back_is_compared_with_soon(monkeypatch: pytest.MonkeyPatch) -> None:

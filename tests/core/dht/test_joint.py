@@ -175,6 +175,34 @@ async def test_a_read_repairs_a_quorum_of_both_sets_before_it_answers() -> None:
         quiet()
 
 
+async def test_a_read_asks_only_who_is_in_both_sets_and_all_others_once_one_of_those_fails() -> None:
+    async with Cluster(4, settings={"dht.requests.hedge_budget": 0.0}) as cluster:
+        moved = moving(await changing(cluster), "n0")
+        for name in ("n0", moved.gone, *moved.kept):
+            cluster.plant(int(name[1]), moved.key, b"v", at_ms=1000)
+        wire = await cluster.wire(0)
+        asked: list[str] = []
+        quiet: set[str] = set()
+
+        def rule(src: str, dst: str, message: Message) -> Sequence[float] | None:
+            if not isinstance(message, ReplicaRead):
+                return None
+            asked.append(dst)
+            return LOST if dst in quiet else None
+
+        cluster.rule(rule)
+        for _ in range(10):
+            assert value_of(await wire.ask(get(moved.key))) == b"v"
+        assert asked == moved.kept * 10
+        assert cluster.held(moved.key)[int(moved.comes[1])] is None  # so nothing had to be repaired either
+        quiet.add(moved.kept[0])
+        call = asyncio.create_task(wire.ask(get(moved.key)))
+        await until(lambda: len(asked) == 11)
+        await cluster.down(int(moved.kept[0][1]))
+        assert value_of(await call) == b"v"
+        assert {*asked[11:]} == {moved.gone, moved.comes}
+
+
 @pytest.mark.parametrize("lacking", ["gone", "comes"])
 async def test_a_read_that_repairs_only_one_set_returns_neither_value(lacking: str) -> None:
     async with Cluster(4) as cluster:

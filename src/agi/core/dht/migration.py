@@ -270,6 +270,7 @@ class Migration:
             self.bytes += size
             at += reply.taken
             await self._rate.spend(size)
+            await self._keeper.turn()
 
     # --- answers to others
 

@@ -355,7 +355,11 @@ class ReadGroup(ReadQuorum):
 
 
 class JointReadGroup(JointReadQuorum, ReadGroup):
-    """Keys that change hands: asks all replicas, old and new, at once, and needs a quorum of each."""
+    """Keys that change hands: needs a quorum of the old replicas and one of the new.
+
+    Those that are in both sets count in both, and hold what the newcomers have yet to get: where they are enough, only
+    they are asked, and a change costs a read nothing. Else, or once one of them fails or is late, all are.
+    """
 
     __slots__ = ()
 
@@ -378,25 +382,43 @@ class JointReadGroup(JointReadQuorum, ReadGroup):
 
     def start(self) -> None:
         requests = self.requests
-        me, usable = requests.me, requests.peers.usable
-        targets = []
-        for name in self.replica_set:
-            if name == me:
-                self.waiting[me] = self.asked[me] = None
-            elif name in usable:
-                targets.append(usable[name])
-            else:
-                self.add_failure(name, LinkClosed(f"{name} is not connected"))
+        me, usable, suspects = requests.me, requests.peers.usable, requests.peers.suspects
+        old, new = (half.names for half in self._halves)
+        requests.turn += 1
+        few = [name for name in old if name in new and name != me and name in usable and name not in suspects]
+        if requests.turn & 1:
+            few.reverse()
+        if me in old and me in new:
+            few.insert(0, me)
+        few = few[: self.needed] if len(few) >= self.needed else []
+        missing = [name for name in self.replica_set if name != me and name not in usable]
+        for name in missing:
+            self.asked[name] = None
+            self.add_failure(name, LinkClosed(f"{name} is not connected"))
         if self.hopeless:
-            self._unreachable(self.unreachable(self.waiting.keys() | {peer.node_id for peer in targets}))
+            self._unreachable(self.unreachable([name for name in self.replica_set if name not in missing]))
             return
         self.id = requests.enter(self, self.operation)
-        for peer in targets:
-            if self.id in requests.pending:
-                self._ask(peer)
-        if me in self.waiting:
-            requests.replica.read(self.keys, partial(self.result, me))
+        for name in few or self.replica_set:
+            self._ask_or_look(name)
+        others = [name for name in few if name != me]
+        if others and self.id in requests.pending:
+            self.reads.watch(self, usable[others[0]])
+
+    def _ask_or_look(self, name: str) -> None:
+        requests = self.requests
+        if name in self.asked or self.id not in requests.pending:
+            return
+        if name == requests.me:
+            self.asked[name] = self.waiting[name] = None
+            requests.replica.read(self.keys, partial(self.result, name))
+        elif name in requests.peers.usable:
+            self._ask(requests.peers.usable[name])
 
     def ask_another(self) -> bool:
-        """All that could be asked were."""
-        return False
+        """All that were not asked yet; False where there are none."""
+        before = len(self.asked)
+        for name in self.replica_set:
+            self._ask_or_look(name)
+        self.hedged |= len(self.asked) > before
+        return len(self.asked) > before

@@ -96,6 +96,7 @@ class TreeAnswers:
             return answer_root(keeper.trees, keeper.shared(name, (message.first, message.last)), message)
         if isinstance(message, TreeFetch):
             keys, taken = await keeper.keys_at(tokens_of(message))
+            await keeper.turn()
             records = await keeper.read(keys)
             found = [(key, record) for key, record in zip(keys, records, strict=True) if record is not None]
             return TreeFetchReply(message.id, [key for key, _ in found], [record for _, record in found], taken)

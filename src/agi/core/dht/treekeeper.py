@@ -18,7 +18,7 @@ import structlog
 
 from agi.core.dht.clock import Clock
 from agi.core.dht.errors import DHTError, from_wire
-from agi.core.dht.joint import JointRing
+from agi.core.dht.joint import JointRing, JointSet
 from agi.core.dht.protocol.exchange import RECORDS_MAX, SEND_BYTES, Entry, Span, entry_of
 from agi.core.dht.protocol.merkle import FOLD_AT, HashTrees
 from agi.core.dht.protocol.messages import REPAIR, WireError
@@ -42,7 +42,6 @@ RECORDS_A_TURN = 256
 """A listing gives the event loop its turn after so many records (1.5 ms)."""
 SPAN_RECORDS = 8
 """What another span costs, in records."""
-SPANS_A_TURN = 32
 BUSY_S, BREATH_S_MAX = 0.001, 0.02
 SPARSE = 4
 """Records are read page by page while one in so many is wanted, else one by one."""
@@ -75,7 +74,8 @@ class TreeKeeper:
         keys_per_s: how many keys a scan may read.
 
     Attributes:
-        partners: other node -> positions of the ranges that it holds too, in token order.
+        partners: other node -> positions of the ranges that it holds too and that are not changing hands, in token
+            order.
         adopted: raised whenever positions change their meaning.
         built: ranges whose tree was built, or built anew.
     """
@@ -92,6 +92,7 @@ class TreeKeeper:
         self._trees: HashTrees | None = None
         self._token_of: Callable[[bytes], bytes] = bytes
         self._folding = asyncio.Lock()
+        self._background = asyncio.Lock()
         self._work = asyncio.Event()
         self._page_keys = PAGE_KEYS_MAX
 
@@ -116,6 +117,8 @@ class TreeKeeper:
             self.adopted += 1
             self._work.set()
         for position, (_, replicas) in enumerate(held):
+            if isinstance(replicas, JointSet):
+                continue  # the change itself fills all of its new replicas: repair would send everything once more
             for name in replicas:
                 if name != self._me:
                     partners.setdefault(name, []).append(position)
@@ -267,7 +270,7 @@ class TreeKeeper:
             while not page.complete:
                 if since >= RECORDS_A_TURN:
                     since = 0
-                    await self._turn()
+                    await self.turn()
                 page = await self._page(span, after)
                 since += len(page.items) + SPAN_RECORDS
                 found += [entry_of(int.from_bytes(token_of(key), "big"), key, record) for key, record in page.items]
@@ -279,7 +282,7 @@ class TreeKeeper:
     async def keys_at(self, tokens: Sequence[int]) -> tuple[list[bytes], int]:
         """The keys with these tokens, up to SEND_BYTES of records; and how many of the tokens were looked at."""
         keys: list[bytes] = []
-        size = taken = looks = 0
+        size = taken = since = 0
         together = all(map(lt, tokens, tokens[1:]))
         while taken < len(tokens) and size <= SEND_BYTES:
             settled = 0
@@ -290,19 +293,21 @@ class TreeKeeper:
             keys += [key for key, _ in items]
             size += sum(len(record) for _, record in items)
             taken += settled
-            looks += 1
-            if looks % SPANS_A_TURN == 0:
-                await self._turn()
+            since += settled + SPAN_RECORDS
+            if since >= RECORDS_A_TURN:
+                since = 0
+                await self.turn()
         return keys, taken
 
-    async def _turn(self) -> None:
+    async def turn(self) -> None:
         """Lets the event loop do what else there is, and leaves it as long again where that was much: requests are not
         to wait for what runs in the background, neither in this process nor, for a processor, in others."""
-        began = self._clock.monotonic()
-        await asyncio.sleep(0)
-        busy_s = self._clock.monotonic() - began
-        if busy_s > BUSY_S:
-            await asyncio.sleep(min(BREATH_S_MAX, busy_s))
+        async with self._background:  # one after the other
+            began = self._clock.monotonic()
+            await asyncio.sleep(0)
+            busy_s = self._clock.monotonic() - began
+            if busy_s > BUSY_S:
+                await asyncio.sleep(min(BREATH_S_MAX, busy_s))
 
     async def _side_by_side(self, tokens: Sequence[int]) -> tuple[list[tuple[bytes, bytes]], int, bool]:
         """One page of the store, from the first of these ascending tokens on: what of it they name, how many of them
