@@ -23,19 +23,23 @@ class Told:
     number: int
     records: dict[bytes, bytes]
     write: bool
+    promises: dict[bytes, bytes] = field(default_factory=dict)
     outcome: str = "waiting"
     seen_durable: dict[bytes, bytes] = field(default_factory=dict)
 
 
 class GroupCommitMachine(RuleBasedStateMachine):
-    """The driver, the disk and its cache; records are growing numbers, so newer is greater."""
+    """The driver, the disk and its cache; records and promises are growing numbers, so newer is greater."""
 
     @initialize()
     def begin(self) -> None:
         self.commit: GroupCommit[Told] = GroupCommit()
         self.cache: dict[bytes, bytes] = {}
         self.disk: dict[bytes, bytes] = {}
-        self.syncing: dict[bytes, bytes] | None = None
+        self.promised_cache: dict[bytes, bytes] = {}
+        self.promised_disk: dict[bytes, bytes] = {}
+        self.promised: dict[bytes, bytes] = {}  # as the node holds them in memory
+        self.syncing: tuple[dict[bytes, bytes], dict[bytes, bytes]] | None = None
         self.told: list[Told] = []
         self.released: list[int] = []
         self.dead = False
@@ -47,9 +51,11 @@ class GroupCommitMachine(RuleBasedStateMachine):
             if isinstance(effect, Commit):
                 assert self.syncing is None, "two syncs at once"
                 assert not self.dead, "written after a failed sync"
+                assert effect.records or effect.promises, "a sync for nothing"
                 self.cache.update(effect.records)
                 self.inserted += effect.inserts
-                self.syncing = dict(self.cache)
+                self.promised_cache.update(effect.promises)
+                self.syncing = dict(self.cache), dict(self.promised_cache)
             elif isinstance(effect, Release):
                 for reply in effect.replies:
                     assert reply.outcome == "waiting"
@@ -57,6 +63,8 @@ class GroupCommitMachine(RuleBasedStateMachine):
                     self.released.append(reply.number)
                     for key, record in reply.records.items():
                         assert self.disk.get(key, b"") >= record, "told of what is not on the disk"
+                    for key, promise in reply.promises.items():
+                        assert self.promised_disk.get(key, b"") >= promise, "told of a promise that is not on the disk"
             else:
                 assert isinstance(effect, Fail)
                 for reply in effect.replies:
@@ -66,24 +74,34 @@ class GroupCommitMachine(RuleBasedStateMachine):
     def visible(self, key: bytes) -> bytes | None:
         return self.commit.overlay(key) or self.cache.get(key)
 
-    def tell(self, records: dict[bytes, bytes], write: bool) -> Told:
-        reply = Told(len(self.told), records, write)
+    def tell(self, records: dict[bytes, bytes], write: bool, promises: dict[bytes, bytes] | None = None) -> Told:
+        reply = Told(len(self.told), records, write, promises or {})
         self.told.append(reply)
         return reply
 
     @rule(keys=st.lists(KEYS, min_size=1, max_size=3, unique=True))
     def submit(self, keys: list[bytes]) -> None:
+        self.submit_both(keys, None)
+
+    @rule(keys=st.lists(KEYS, max_size=2, unique=True), promised=st.lists(KEYS, min_size=1, max_size=2, unique=True))
+    def promise(self, keys: list[bytes], promised: list[bytes]) -> None:
+        """Records and promises, or promises alone."""
+        self.submit_both(keys, promised)
+
+    def submit_both(self, keys: list[bytes], promised: list[bytes] | None) -> None:
         self.version += 1
         records = dict.fromkeys(keys, b"%08d" % self.version)
+        promises = None if promised is None else dict.fromkeys(promised, b"%016d" % self.version)
         inserts = [key for key in keys if self.visible(key) is None]
-        reply = self.tell(records, True)
+        reply = self.tell(records, True, promises)
         try:
-            effect = self.commit.submit(dict(records), inserts, reply)
+            effect = self.commit.submit(dict(records), inserts, reply, promises)
         except DHTError:
             assert self.dead
             reply.outcome = "failed"
             return
         assert not self.dead
+        self.promised.update(promises or {})
         if effect is not None:
             self.perform([effect])
 
@@ -97,11 +115,22 @@ class GroupCommitMachine(RuleBasedStateMachine):
             return
         self.commit.park(self.tell({key: unsynced}, False))
 
+    @rule(key=KEYS)
+    def tell_of_a_promise(self, key: bytes) -> None:
+        """What the node holds in memory is told at once where nothing is unsynced, else later."""
+        promise = self.promised.get(key)
+        if promise is None or self.dead:
+            return
+        if self.commit.idle:
+            assert self.promised_disk.get(key) == promise, "shown before it is durable"
+            return
+        self.commit.park(self.tell({}, False, {key: promise}))
+
     @precondition(lambda self: self.syncing is not None)
     @rule()
     def sync_ends(self) -> None:
         assert self.syncing is not None
-        self.disk, self.syncing = self.syncing, None
+        (self.disk, self.promised_disk), self.syncing = self.syncing, None
         self.perform(self.commit.synced())
 
     @precondition(lambda self: self.syncing is not None)
@@ -117,6 +146,8 @@ class GroupCommitMachine(RuleBasedStateMachine):
         """The write was refused before anything of it was stored."""
         self.syncing = None
         self.cache = dict(self.disk)
+        self.promised_cache = dict(self.promised_disk)
+        self.promised = dict(self.promised_disk)
         self.perform(self.commit.failed(StorageFull("full"), fatal=False))
 
     @invariant()
@@ -138,6 +169,8 @@ class GroupCommitMachine(RuleBasedStateMachine):
         assert all(reply.outcome != "waiting" for reply in self.told)
         if not self.dead and not any(reply.outcome == "failed" for reply in self.told):
             assert self.disk == self.cache and sorted(self.inserted) == sorted(self.disk)
+            assert self.promised_disk == self.promised
+        assert core._NO_PROMISES == {}, "all groups without promises would have these"
 
 
 TestGroupCommit = GroupCommitMachine.TestCase
@@ -153,6 +186,70 @@ def test_the_worked_example() -> None:
     assert commit.synced() == [Release(["w1"]), Commit({b"a": b"2", b"b": b"1"}, [b"b"])]
     assert commit.synced() == [Release(["w2", "w3"])]
     assert commit.idle and (commit.groups, commit.writes) == (2, 3)
+
+
+def test_promises_join_the_group_and_the_last_of_a_key_counts() -> None:
+    commit: GroupCommit[str] = GroupCommit()
+    one, two = bytes(16), bytes(15) + b"1"
+    first = commit.submit({}, [], "p1", {b"a": one})
+    assert first == Commit({}, [], {b"a": one})
+    assert not commit.idle
+    assert commit.submit({b"a": b"1"}, [b"a"], "w2") is None
+    given = {b"a": two, b"b": one}
+    assert commit.submit({}, [], "p3", given) is None
+    assert commit.submit({b"b": b"1"}, [b"b"], "w4", {b"b": b"", b"c": one}) is None
+    assert given == {b"a": two, b"b": one}, "the caller's promises were altered"
+    assert commit.synced() == [
+        Release(["p1"]),
+        Commit({b"a": b"1", b"b": b"1"}, [b"a", b"b"], {b"a": two, b"b": b"", b"c": one}),
+    ]
+    assert commit.synced() == [Release(["w2", "p3", "w4"])]
+    assert commit.idle and (commit.groups, commit.writes) == (2, 2)
+    assert commit.submit({b"a": b"2"}, [], "w5") == Commit({b"a": b"2"}, [], {})
+
+
+def test_a_group_of_promises_alone_takes_off_after_the_other_and_replies_park_in_it() -> None:
+    commit: GroupCommit[str] = GroupCommit()
+    assert commit.submit({b"a": b"1"}, [b"a"], "w1") is not None
+    commit.park("r1")
+    assert commit.submit({}, [], "p2", {b"a": bytes(16)}) is None
+    commit.park("r2")
+    assert commit.synced() == [Release(["w1", "r1"]), Commit({}, [], {b"a": bytes(16)})]
+    assert not commit.idle
+    assert commit.synced() == [Release(["p2", "r2"])]
+    assert commit.idle
+
+
+def test_a_failed_group_takes_its_promises_with_it() -> None:
+    commit: GroupCommit[str] = GroupCommit()
+    commit.submit({}, [], "p1", {b"a": bytes(16)})
+    commit.submit({}, [], "p2", {b"b": bytes(16)})
+    full = StorageFull("full")
+    assert commit.failed(full, fatal=False) == [Fail(["p1", "p2"], full)]
+    assert commit.idle
+    assert commit.submit({b"a": b"1"}, [b"a"], "w3") == Commit({b"a": b"1"}, [b"a"], {})
+
+
+def test_whoever_submits_nothing_is_answered_all_the_same() -> None:
+    commit: GroupCommit[str] = GroupCommit()
+    assert commit.submit({b"a": b"1"}, [b"a"], "w1") is not None
+    assert commit.submit({}, [], "nothing", {}) is None
+    assert commit.synced() == [Release(["w1"]), Commit({}, [], {})]
+    assert commit.synced() == [Release(["nothing"])]
+
+
+def test_promises_count_for_the_size_of_the_open_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "GROUP_BYTES_MAX", 1000)
+    commit: GroupCommit[str] = GroupCommit()
+    assert commit.submit({}, [], "p1", {b"a": bytes(16)}) is not None
+    taken = 0
+    with pytest.raises(Overloaded):
+        for number in range(100):
+            commit.submit({}, [], "p", {b"%02d" % number: bytes(16)})
+            taken += 1
+    assert 10 <= taken <= 30
+    effects = commit.synced()
+    assert isinstance(effects[1], Commit) and len(effects[1].promises) == taken
 
 
 def test_the_open_group_is_bounded_but_takes_any_single_write(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,6 +270,7 @@ async def _levels(kind: str) -> dict[str, list[bool]]:
 
 
 LEVELS = {"ONE": [True, True, True], "QUORUM": [True, True, False], "ALL": [True, False, False]}
+LEVELS["LINEARIZABLE"] = LEVELS["QUORUM"]
 
 
 @effect_of("replication.read_consistency")

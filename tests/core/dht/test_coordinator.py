@@ -450,7 +450,7 @@ async def test_requests_that_no_client_of_ours_sends_are_refused_and_the_link_li
             (Get(0, 0, 1000, [b"k"]), InvalidConsistency),
             (Get(0, QUORUM, 1000, []), InvalidRequest),
             (Get(0, QUORUM, 1000, [long]), InvalidKey),
-            (Delete(0, 4, 1000, [b"k"]), InvalidConsistency),
+            (Delete(0, 5, 1000, [b"k"]), InvalidConsistency),
             (Scan(0, 7, 1000, b"", b"", 10), InvalidRequest),
             (Scan(0, QUORUM, 1000, b"", b"", 0), InvalidRequest),
             (Scan(0, QUORUM, 1000, b"", b"", 1001), InvalidRequest),

@@ -29,6 +29,8 @@ CODES = {
     "Overloaded": (32, 14, True),
     "Truncated": (33, 12, True),
     "OutcomeUnknown": (40, 15, False),
+    "NotACounter": (16, 10, False),
+    "VersionConflict": (43, 27, False),
     "ClockSkew": (41, 16, True),
     "StaleEpoch": (42, 12, True),
     "ClusterError": (50, 17, False),

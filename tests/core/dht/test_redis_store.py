@@ -16,8 +16,10 @@ from contract.storage_harness import (
     RedisServer,
     all_by_key,
     all_by_token,
+    all_promises,
     inserts,
     many,
+    promise,
     rec,
     redis_server,
     token_of,
@@ -59,35 +61,41 @@ async def test_two_nodes_on_one_server_do_not_see_each_other(server: RedisServer
         await a.apply(inserts({b"key": rec(b"key", b"of a", expires_ms=5), b"only a": rec(b"only a")}))
         await b.apply(inserts({b"key": rec(b"key", b"of b")}))
         await a.put_meta("identity", b"a")
+        await a.apply(Batch(promises={b"key": promise(1)}))
         assert await b.get(b"key") == rec(b"key", b"of b")
         assert await all_by_key(b, 10) == [(b"key", rec(b"key", b"of b"))]
         assert len(await all_by_token(b, 0, TOKEN_MAX, 10)) == 1
         assert await b.expired(10, 10) == []
         assert await b.get_meta("identity") is None
+        assert await all_promises(b) == {}
         assert await b.count() == Count(1, True)
-        await b.apply(Batch(purges=[b"key", b"only a"]))
+        await b.apply(Batch(purges=[b"key", b"only a"], promises={b"key": b""}))
         assert len(await all_by_key(a, 10)) == 2
+        assert await all_promises(a) == {b"key": promise(1)}
 
 
 async def test_all_of_a_node_is_under_its_prefix(server: RedisServer) -> None:
     async with opened(server.url, "cluster:node 1") as store:
         await store.apply(inserts({b"key": rec(b"key", expires_ms=5)}))
         await store.put_meta("identity", b"x")
+        await store.apply(Batch(promises={b"key": promise(1)}))
     async with raw(server.url) as client:
         names = sorted([name async for name in client.scan_iter()])
-    assert names == [b"cluster:node 1:" + part for part in (b"expiry", b"keys", b"meta", b"records", b"tokens")]
+    parts = (b"expiry", b"keys", b"meta", b"promises", b"records", b"tokens")
+    assert names == [b"cluster:node 1:" + part for part in parts]
 
 
 async def test_a_batch_is_one_transaction(server: RedisServer) -> None:
     async with opened(server.url) as store, raw(server.url) as client, client.monitor() as monitor:
-        await store.apply(Batch({b"a": rec(b"a", expires_ms=9), b"b": rec(b"b")}, [b"a", b"b"], [b"c"]))
+        records = {b"a": rec(b"a", expires_ms=9), b"b": rec(b"b")}
+        await store.apply(Batch(records, [b"a", b"b"], [b"c"], {b"a": promise(1), b"b": b""}))
         said = []
         async with asyncio.timeout(10):
             async for command in monitor.listen():
                 said.append(command["command"].split()[0])
                 if said[-1] == "EXEC":
                     break
-    assert said == ["MULTI", "HSET", "ZADD", "ZADD", "ZADD", "HDEL", "ZREM", "ZREM", "EXEC"]
+    assert said == ["MULTI", "HSET", "ZADD", "ZADD", "ZADD", "HDEL", "ZREM", "ZREM", "HSET", "HDEL", "EXEC"]
 
 
 async def test_more_callers_than_connections_wait_their_turn(server: RedisServer) -> None:
@@ -120,10 +128,14 @@ async def test_a_full_server_refuses_writes_and_serves_reads(server: RedisServer
 
 async def test_a_refused_batch_leaves_nothing(server: RedisServer) -> None:
     async with opened(server.url) as store, raw(server.url) as client:
+        await store.apply(Batch(promises={b"a": promise(1), b"b": promise(2)}))
         await client.config_set("maxmemory", 1)
-        with pytest.raises(StorageFull):
-            await store.apply(inserts({b"a": rec(b"a", expires_ms=5)}))
+        for batch in (Batch({b"a": rec(b"a", expires_ms=5)}, [b"a"]), Batch()):
+            batch.promises = {b"a": promise(3), b"b": b"", b"c": promise(4)}
+            with pytest.raises(StorageFull):
+                await store.apply(batch)
         await client.config_set("maxmemory", 0)
+        assert await all_promises(store) == {b"a": promise(1), b"b": promise(2)}
         assert await store.count() == Count(0, True)
         assert await all_by_key(store, 10) == []
         assert await store.expired(100, 10) == []
@@ -197,14 +209,59 @@ async def test_a_restart_from_an_old_snapshot_is_refused_until_cleared(tmp_path:
 async def test_a_server_that_syncs_always_may_restart(tmp_path: Path) -> None:
     with redis_server(tmp_path, "--appendonly", "yes", "--appendfsync", "always") as server:
         async with opened(server.url) as store:
+            assert store.voting_refusal == ""
             content = many(50)
-            await store.apply(inserts(content))
+            promised = {key: promise(at) for at, key in enumerate(content)}
+            await store.apply(Batch(dict(content), list(content), promises=promised))
+            await store.apply(Batch(promises={b"key:000000": b"", b"key:000001": promise(99)}))
+            del promised[b"key:000000"]
+            promised[b"key:000001"] = promise(99)
             server.restart()
             with pytest.raises(StorageError):  # the connection that it had
                 await store.get(b"key:000000")
             assert await all_by_key(store, 20) == sorted(content.items())
+            assert await all_promises(store, 20) == promised
         async with opened(server.url) as store:
             assert await all_by_key(store, 20) == sorted(content.items())
+            assert await all_promises(store, 20) == promised
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--appendonly yes --appendfsync always", ""),
+        ("--appendonly yes --appendfsync always --maxmemory-policy volatile-lru", ""),
+        ("--appendonly no --appendfsync always", "`appendonly no`, not `appendonly yes`"),
+        ("--appendonly yes --appendfsync everysec", "`appendfsync everysec`, not `appendfsync always`"),
+        ("--appendonly yes --appendfsync no", "`appendfsync no`, not `appendfsync always`"),
+        (
+            "--appendonly yes --appendfsync always --no-appendfsync-on-rewrite yes",
+            "`no-appendfsync-on-rewrite yes`: it does not sync",
+        ),
+        (
+            "--appendonly yes --appendfsync always --maxmemory-policy allkeys-lru",
+            "`maxmemory-policy allkeys-lru`: it may throw promises away",
+        ),
+    ],
+)
+async def test_only_a_server_that_forgets_nothing_may_keep_promises(tmp_path: Path, options: str, reason: str) -> None:
+    with redis_server(tmp_path, *options.split()) as server:
+        store = RedisStore(server.url, "node", token_of)
+        assert "not known yet" in store.voting_refusal
+        await store.open()
+        assert reason in store.voting_refusal
+        assert bool(reason) == bool(store.voting_refusal)
+        await store.close()
+
+
+async def test_a_server_that_hides_its_settings_may_not_keep_promises(tmp_path: Path) -> None:
+    with redis_server(tmp_path, "--appendonly", "yes", "--appendfsync", "always") as server:
+        async with raw(server.url) as client:
+            await client.acl_setuser("guest", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-config"])
+        async with opened(server.url.replace("//", "//guest:any@")) as store:
+            assert store.voting_refusal.startswith("the Redis server does not tell how it stores")
+            assert "no permissions" in store.voting_refusal
+            await store.apply(inserts({b"a": rec(b"a")}))
 
 
 async def test_a_broken_record_is_not_served(server: RedisServer) -> None:

@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,17 +22,19 @@ from contract.storage_harness import (
     all_by_key,
     all_by_token,
     all_hints,
+    all_promises,
     by_token,
     hint,
     inserts,
     many,
+    promise,
     rec,
     token_of,
 )
 from rocksdict import Cache, Rdict
 
-from agi.core.dht.errors import FolderUnusable, StorageClosed, StorageCorrupt, StorageError, StorageFull
-from agi.core.dht.storage import rocksdb_engine
+from agi.core.dht.errors import FolderUnusable, Overloaded, StorageClosed, StorageCorrupt, StorageError, StorageFull
+from agi.core.dht.storage import rocksdb_engine, sync_thread
 from agi.core.dht.storage.base import Batch, Count, WalSync
 from agi.core.dht.storage.rocksdb import RocksStore
 from agi.core.dht.storage.wal_files import wal_files
@@ -48,6 +51,7 @@ async def main(path, mode, first):
     for number in range(first, 1 << 30):
         keys = [b"%08d-%d" % (number, part) for part in range(5)]
         batch = Batch({key: pack(key, key * 20, hlc=number + 1, writer=1) for key in keys}, keys)
+        batch.promises = {b"same": number.to_bytes(16, "big"), b"%08d" % number: bytes(16), b"%08d" % (number - 3): b""}
         await store.apply(batch)
         os.write(1, b"%08d\\n" % number)
         if number % 64 == 0:
@@ -156,6 +160,8 @@ async def test_kill_9_loses_nothing_acknowledged(tmp_path: Path, mode: WalSync) 
             assert len(content) == 5 * len(numbers), "a batch is neither whole nor absent"
             assert await exact_count(store) == len(content)
             assert dict(await all_by_token(store, 0, TOKEN_MAX, 1000)) == content
+            left = {b"%08d" % number: bytes(16) for number in numbers[-3:]} | {b"same": promise(numbers[-1])}
+            assert await all_promises(store, 2) == left, "promises and records are not of one batch"
         first = numbers[-1] + 1
 
 
@@ -274,6 +280,28 @@ async def test_a_damaged_file_gives_an_error_or_the_truth(tmp_path: Path) -> Non
         await store.close()
         shutil.rmtree(image)
     assert errors > silent
+
+
+async def test_damaged_files_never_forget_a_promise(tmp_path: Path) -> None:
+    kept = {key: random.Random(at).randbytes(16) for at, key in enumerate(many(2000))}
+    async with opened(tmp_path / "a") as store:
+        store.write(Batch(promises=kept))
+    files = sorted((tmp_path / "a").glob("*.sst"), key=lambda path: path.stat().st_size)
+    assert files[-1].stat().st_size > 2000 * 16
+    refused = 0
+    rng = random.Random(5)
+    for number in range(20):
+        image = tmp_path / f"image{number}"
+        shutil.copytree(tmp_path / "a", image)
+        victim = image / files[-1].name
+        flip(victim, rng.randrange(victim.stat().st_size), 1 << rng.randrange(8))
+        try:
+            async with opened(image) as store:
+                assert await all_promises(store, 500) == kept
+        except StorageCorrupt:
+            refused += 1
+        shutil.rmtree(image)
+    assert refused >= 10
 
 
 async def test_a_missing_file_is_corruption(tmp_path: Path) -> None:
@@ -404,6 +432,103 @@ async def test_a_store_without_syncs_never_syncs(tmp_path: Path) -> None:
         engine.db = counting._db
 
 
+class Slow(Counting):
+    """A database whose syncs wait for `go`."""
+
+    def __init__(self, db: Any) -> None:
+        super().__init__(db)
+        self.go = threading.Event()
+        self.at_once = self.most_at_once = 0
+
+    def flush_wal(self, sync: bool) -> None:
+        self.at_once += 1
+        self.most_at_once = max(self.at_once, self.most_at_once)
+        assert self.go.wait(10)
+        super().flush_wal(sync)
+        self.at_once -= 1
+
+
+@pytest.mark.parametrize("mode", [WalSync.INTERVAL, WalSync.NONE])
+async def test_a_sync_works_whatever_the_mode(tmp_path: Path, mode: WalSync) -> None:
+    async with opened(tmp_path / "a", mode, wal_sync_interval_ms=50) as store:
+        assert not store.group_sync
+        engine = store._engine
+        assert engine is not None
+        counting = engine.db = Counting(engine.db)
+        store.write(Batch({b"a": rec(b"a")}, [b"a"], promises={b"a": promise(1)}))
+        assert counting.syncs == 0
+        reported: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+        store.sync(reported.set_result)
+        assert await asyncio.wait_for(reported, 10) is None
+        await asyncio.sleep(0.15)
+        assert counting.syncs == 1, "what was synced is not synced again at the next interval"
+        engine.db = Broken(counting._db)
+        store.write(Batch(promises={b"a": promise(2)}))
+        reported = asyncio.get_running_loop().create_future()
+        store.sync(reported.set_result)
+        assert isinstance(await asyncio.wait_for(reported, 10), StorageError)
+        engine.db = counting._db
+        with pytest.raises(StorageError, match="takes no more writes"):
+            store.write(Batch(promises={b"a": promise(3)}))
+
+
+async def test_syncs_beside_the_interval_sync_queue_up(tmp_path: Path) -> None:
+    async with opened(tmp_path / "a", WalSync.INTERVAL, wal_sync_interval_ms=1) as store:
+        engine = store._engine
+        assert engine is not None
+        slow = engine.db = Slow(engine.db)
+        store.write(inserts({b"a": rec(b"a")}))
+        await until(lambda: slow.at_once, "the interval sync is under way")
+        ended: list[tuple[str, Exception | None, int]] = []
+        for name in ("first", "second"):
+            store.write(Batch(promises={name.encode(): promise(1)}))
+            store.sync(lambda error, name=name: ended.append((name, error, slow.syncs)))
+        await asyncio.sleep(0.05)
+        assert not ended
+        slow.go.set()
+        await until(lambda: len(ended) == 2, "both syncs ended")
+        assert [(name, error) for name, error, _ in ended] == [("first", None), ("second", None)]
+        assert ended[0][2] >= 2, "a sync that began before the write does not cover it"
+        assert ended[1][2] >= 3
+        assert slow.most_at_once == 1
+        store.write(inserts({b"b": rec(b"b")}))
+        await until(lambda: slow.syncs >= 4, "the interval goes on")
+        engine.db = slow._db
+
+
+async def test_a_failed_sync_fails_those_queued_behind_it(tmp_path: Path) -> None:
+    async with opened(tmp_path / "a", WalSync.NONE) as store:
+        engine = store._engine
+        assert engine is not None
+        whole, engine.db = engine.db, Broken(engine.db)
+        ended: list[Exception | None] = []
+        for number in range(2):
+            store.write(Batch(promises={b"a": promise(number)}))
+            store.sync(ended.append)
+        await until(lambda: len(ended) == 2, "both syncs ended")
+        assert all(isinstance(error, StorageError) for error in ended)
+        engine.db = whole
+
+
+async def test_the_interval_goes_on_after_too_many_syncs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sync_thread, "QUEUE_ITEMS_MAX", 2)
+    async with opened(tmp_path / "a", WalSync.INTERVAL, wal_sync_interval_ms=1) as store:
+        engine = store._engine
+        assert engine is not None
+        slow = engine.db = Slow(engine.db)
+        ended: list[Exception | None] = []
+        for _ in range(2):
+            store.sync(ended.append)
+        with pytest.raises(Overloaded):
+            store.sync(ended.append)
+        store.write(inserts({b"a": rec(b"a")}))
+        await asyncio.sleep(0.05)  # some intervals, in which nothing more can be queued
+        slow.go.set()
+        await until(lambda: slow.syncs == 3, "the write was synced at an interval")
+        assert ended == [None, None]
+        engine.db = slow._db
+
+
 # --- hints
 
 
@@ -438,9 +563,10 @@ async def test_a_store_that_refuses_writes_refuses_hints(tmp_path: Path) -> None
         assert await all_hints(store) == ([], [])
 
 
-async def test_a_folder_from_before_there_were_hints_opens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(), ("hints",)], ids=["hints", "promises"])
+async def test_a_folder_from_before_there_was_a_family_opens(tmp_path: Path, more: tuple[str, ...]) -> None:
     cache = Cache(1 << 20)
-    families = {name: rocksdb_engine._family(cache, 1 << 20) for name in ("keys", "expiry", "meta")}
+    families = {name: rocksdb_engine._family(cache, 1 << 20) for name in ("keys", "expiry", "meta", *more)}
     old = Rdict(str(tmp_path / "a"), rocksdb_engine._options(cache), column_families=families)
     old[token_of(b"k") + b"k"] = rec(b"k")
     keys = old.get_column_family("keys")
@@ -450,9 +576,12 @@ async def test_a_folder_from_before_there_were_hints_opens(tmp_path: Path) -> No
     async with opened(tmp_path / "a") as store:
         assert await all_by_key(store, 10) == [(b"k", rec(b"k"))]
         assert await all_hints(store) == ([], [])
+        assert await all_promises(store) == {}
         await store.save_hints([hint(1)], [])
+        store.write(Batch(promises={b"k": promise(1)}))
     async with opened(tmp_path / "a") as store:
         assert (await store.get(b"k"), await all_hints(store)) == (rec(b"k"), ([hint(1)], []))
+        assert await all_promises(store) == {b"k": promise(1)}
 
 
 # --- folders
@@ -504,8 +633,9 @@ async def test_a_checkpoint_is_a_store_of_that_moment(tmp_path: Path) -> None:
     async with opened(tmp_path / "a") as store:
         store.write(inserts(content))
         await store.put_meta("identity", b"me")
+        store.write(Batch(promises={b"key:000000": promise(1)}))
         await store.checkpoint(tmp_path / "copy")
-        store.write(inserts({b"later": rec(b"later")}))
+        store.write(Batch({b"later": rec(b"later")}, [b"later"], promises={b"later": promise(2)}))
         with pytest.raises(StorageError, match="copy"):
             await store.checkpoint(tmp_path / "copy")
         store.write(Batch(purges=[b"later"]))
@@ -513,6 +643,7 @@ async def test_a_checkpoint_is_a_store_of_that_moment(tmp_path: Path) -> None:
         assert await all_by_key(copy, 1000) == sorted(content.items())
         assert await all_by_token(copy, 0, TOKEN_MAX, 1000) == by_token(content)
         assert await copy.get_meta("identity") == b"me"
+        assert await all_promises(copy) == {b"key:000000": promise(1)}
         assert await exact_count(copy) == 2000
 
 
@@ -545,17 +676,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         run("umount", "-l", disk)
 
 
-async def fill(store: RocksStore, first: int = 0) -> dict[bytes, bytes]:
+async def fill(store: RocksStore, first: int = 0, *, with_promises: bool = False) -> dict[bytes, bytes]:
     """Writes until the disk is full; returns what was acknowledged."""
     acknowledged: dict[bytes, bytes] = {}
     for number in range(first, first + 100_000):
         key = b"%06d" % number
         record = rec(key, random.Random(number).randbytes(4000))
+        batch = inserts({key: record})
+        if with_promises:
+            batch.promises = {key: promise(number), b"last": promise(number)}
         try:
             if number % 50:
-                store.write(inserts({key: record}))
+                store.write(batch)
             else:
-                await store.apply(inserts({key: record}))
+                await store.apply(batch)
         except StorageFull:
             return acknowledged
         acknowledged[key] = record
@@ -568,10 +702,15 @@ async def test_a_full_disk_stops_writes_until_there_is_space(small_disk: Path, t
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(16 << 20))
     async with opened(small_disk / "a", WalSync.GROUP) as store:
+        promised = {b"kept": promise(1), b"000000": promise(2)}
+        await store.apply(Batch(promises=promised))
         acknowledged = await fill(store)
         assert len(acknowledged) > 500
-        with pytest.raises(StorageFull):
-            await store.apply(inserts({b"more": rec(b"more")}))
+        changes = {b"kept": b"", b"000000": promise(3), b"more": promise(4)}
+        for refused in (inserts({b"more": rec(b"more")}), Batch(promises=changes)):
+            refused.promises = changes
+            with pytest.raises(StorageFull):
+                await store.apply(refused)
         with pytest.raises(StorageFull):
             await store.put_meta("m", b"x")
         # Reads go on, and what was written before is synced when asked.
@@ -581,17 +720,19 @@ async def test_a_full_disk_stops_writes_until_there_is_space(small_disk: Path, t
         store._cache.clear()
         assert store.read(list(acknowledged)) == list(acknowledged.values())
         assert await all_by_key(store, 1000) == sorted(acknowledged.items())
+        assert await all_promises(store) == promised
         # A crash now loses nothing.
         shutil.copytree(small_disk / "a", tmp_path / "image")
         async with opened(tmp_path / "image") as image:
             assert await all_by_key(image, 1000) == sorted(acknowledged.items())
+            assert await all_promises(image) == promised
         # With space again, writes work again by themselves.
         ballast.unlink()
         resumed = rec(b"resumed")
         async with asyncio.timeout(20):
             while True:
                 try:
-                    await store.apply(inserts({b"resumed": resumed}))
+                    await store.apply(Batch({b"resumed": resumed}, [b"resumed"], promises=changes))
                     break
                 except StorageFull:
                     await asyncio.sleep(0.05)
@@ -599,13 +740,34 @@ async def test_a_full_disk_stops_writes_until_there_is_space(small_disk: Path, t
         await store.put_meta("m", b"x")
         acknowledged |= await fill(store, 500_000)
         assert await all_by_key(store, 1000) == sorted(acknowledged.items())
+        del changes[b"kept"]
+        assert await all_promises(store) == changes
     # It was closed while full; with room it opens with all that it acknowledged.
     assert run("mount", "-o", "remount,size=96m", small_disk).returncode == 0
     async with opened(small_disk / "a") as store:
         assert await all_by_key(store, 1000) == sorted(acknowledged.items())
         assert await exact_count(store) == len(acknowledged)
         assert await store.get_meta("m") == b"x"
+        assert await all_promises(store) == changes
         store.write(inserts({b"after": rec(b"after")}))
+
+
+@pytest.mark.root
+@as_root
+async def test_the_batch_that_fills_the_disk_leaves_nothing(small_disk: Path, tmp_path: Path) -> None:
+    (small_disk / "ballast").write_bytes(bytes(20 << 20))
+    async with opened(small_disk / "a", WalSync.GROUP) as store:
+        acknowledged = await fill(store, with_promises=True)
+        promised = {key: promise(int(key)) for key in acknowledged}
+        promised[b"last"] = promise(int(max(acknowledged)))
+        assert await all_promises(store) == promised
+        assert await all_by_key(store, 1000) == sorted(acknowledged.items())
+        shutil.copytree(small_disk / "a", tmp_path / "image")
+    for folder in (tmp_path / "image", small_disk / "a"):
+        assert run("mount", "-o", "remount,size=96m", small_disk).returncode == 0
+        async with opened(folder) as store:
+            assert await all_promises(store) == promised
+            assert await all_by_key(store, 1000) == sorted(acknowledged.items())
 
 
 @pytest.mark.root

@@ -58,6 +58,7 @@ from agi.core.dht.errors import (
     InvalidTTL,
     InvalidValue,
     LinkClosed,
+    NotACounter,
     NotReady,
     OutcomeUnknown,
     Overloaded,
@@ -72,6 +73,7 @@ from agi.core.dht.errors import (
     Truncated,
     Unavailable,
     UnknownDisk,
+    VersionConflict,
 )
 from agi.core.dht.ring import HashRing, Partition
 from agi.core.dht.types import Consistency, Entry, MemberStatus, Node
@@ -110,6 +112,7 @@ __all__ = [
     "MemberStatus",
     "MessagePack",
     "Node",
+    "NotACounter",
     "NotReady",
     "OutcomeUnknown",
     "Overloaded",
@@ -126,4 +129,5 @@ __all__ = [
     "Truncated",
     "Unavailable",
     "UnknownDisk",
+    "VersionConflict",
 ]

@@ -32,6 +32,7 @@ from agi.core.dht.protocol.messages import (
     ReplicaWrite,
     WireError,
 )
+from agi.core.dht.protocol.record import REGISTERED
 from agi.core.dht.protocol.versioning import physical_ms
 from agi.core.dht.replica import Replica
 from agi.core.dht.ring import TOKENS, Ring
@@ -309,7 +310,7 @@ class AntiEntropy:
         """Whether a record may still be under way: it was written within the deadline of a request. One of the future
         is not: its writer's clock was wrong, or this one was set back, and may stay so for long."""
         wall_ms, timeout_ms, skew_ms = self._clock.wall_ms, self._timeout_s * 1000, self._skew_ms
-        return lambda hlc: -skew_ms <= wall_ms() - physical_ms(hlc) < timeout_ms
+        return lambda hlc: -skew_ms <= wall_ms() - physical_ms(hlc & ~REGISTERED) < timeout_ms
 
     async def _ask(self, name: str, message: Any, counts: Totals) -> Reply:
         sent = len(encode(message))

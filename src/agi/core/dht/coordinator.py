@@ -1,20 +1,24 @@
 """Turns a client's batch into replica messages and their replies into its answer (DESIGN section 6).
 
-Reads (reads.py) and writes (writes.py) keep their books together (requests.py). Nothing here awaits: requests, replies,
-broken links and the clock arrive as calls, so that an operation costs no task and no future of its own.
+Reads (reads.py), writes (writes.py) and rounds of consensus (registers.py) keep their books together (requests.py).
+Nothing here awaits: requests, replies, broken links and the clock arrive as calls, so that an operation costs no task
+and no future of its own.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
+from agi.core.dht.acceptor import Acceptor
 from agi.core.dht.clock import Clock
 from agi.core.dht.joint import JointRing
 from agi.core.dht.observability.metrics import Metrics
 from agi.core.dht.peers import Peer, Peers
-from agi.core.dht.protocol.messages import Delete, Get, Put, ReplicaReadReply, ReplicaWriteReply
+from agi.core.dht.protocol.messages import Delete, Get, Put, ReplicaReadReply, ReplicaWriteReply, Update
 from agi.core.dht.protocol.versioning import HLC
 from agi.core.dht.reads import ReadGroup, Reads
+from agi.core.dht.registers import Registers
 from agi.core.dht.replica import Replica
 from agi.core.dht.requests import Hint, ReplyTo, Requests
 from agi.core.dht.ring import Ring
@@ -33,8 +37,10 @@ class Coordinator:
         ring: Ring | JointRing,
         replica: Replica,
         peers: Peers,
+        acceptor: Acceptor,
         hlc: HLC,
         clock: Clock,
+        rng: random.Random,
         metrics: Metrics,
         *,
         hint: Hint,
@@ -61,12 +67,27 @@ class Coordinator:
         )
         self._reads = Reads(self._requests, hedge_budget)
         self._writes = Writes(self._requests, hlc, writer, dedup_entries, max_clock_skew_ms)
+        self.registers = Registers(
+            self._requests,
+            acceptor,
+            hlc,
+            writer,
+            clock,
+            rng,
+            lambda key: replica.floors.at(replica.token_of(key)).sealed,
+        )
+        self._requests.decide = self.registers.run
         self.peer_lost = self._requests.peer_lost
-        self.advance = self._requests.advance
+
+    def advance(self, now: float) -> None:
+        """Ends what is past its deadline, and tries again what was postponed."""
+        self._requests.advance(now)
+        self.registers.advance(now)
 
     def adopt(self, topology: Topology, ring: Ring | JointRing) -> None:
         """Requests go by this topology. Those under way start again where it changes replica sets."""
         self._requests.adopt(topology, ring)
+        self.registers.adopt()
 
     @property
     def pending(self) -> int:
@@ -89,6 +110,10 @@ class Coordinator:
     def delete(self, request: Delete, reply: ReplyTo, client: str, trace: str = "") -> None:
         """Deletes a batch; `reply` gets one DeleteReply by the deadline."""
         self._writes.start(request, reply, client, trace)
+
+    def update(self, request: Update, reply: ReplyTo) -> None:
+        """Runs operations under consensus; `reply` gets one UpdateReply by the deadline."""
+        self.registers.start(request, reply)
 
     def replica_read_reply(self, peer: Peer, reply: ReplicaReadReply) -> None:
         group = self._requests.pending.get(reply.id)

@@ -7,12 +7,14 @@
      |   +- InvalidTTL               negative, zero, not a number, or past the representable time
      |   +- InvalidConsistency       not ONE, QUORUM or ALL
      |   +- InvalidAddress           not host:port, a port out of range
+     |   +- NotACounter              the value is no decimal number of 64 bits, or would be none; nothing was changed
      +- ConfigError                  a configuration that cannot be used; names the key and its source
      +- Unavailable                  too few replicas answered; nothing was written; retryable
      |   +- NotReady                 the node has not formed or joined its cluster yet
      |   +- Overloaded               a bound was reached (queue, bytes, connections)
      |   +- Truncated                a batch's values did not fit one frame; ask again for this key (clients do)
      +- OutcomeUnknown               some replica may have stored the write; read before deciding what to do
+     +- VersionConflict              a condition did not hold; nothing was changed; `.version` is the key's version
      +- ClockSkew                    a version too far ahead of a replica's clock was refused; nothing was written
      +- StaleEpoch                   a message of another topology; the coordinator refreshes and restarts
      +- ClusterError                 two programs that must not work together
@@ -67,6 +69,7 @@ __all__ = [
     "InvalidTTL",
     "InvalidValue",
     "LinkClosed",
+    "NotACounter",
     "NotReady",
     "OutcomeUnknown",
     "Overloaded",
@@ -81,6 +84,7 @@ __all__ = [
     "Truncated",
     "Unavailable",
     "UnknownDisk",
+    "VersionConflict",
     "from_wire",
 ]
 
@@ -133,6 +137,10 @@ class InvalidAddress(InvalidRequest):
     code = 15
 
 
+class NotACounter(InvalidRequest):
+    code = 16
+
+
 class ConfigError(DHTError):
     code, exit_code = 20, 11
 
@@ -155,6 +163,20 @@ class Truncated(Unavailable):
 
 class OutcomeUnknown(DHTError):
     code, exit_code = 40, 15
+
+
+class VersionConflict(DHTError):
+    """A condition did not hold, and nothing was changed.
+
+    Attributes:
+        version: the key's version, 0 where it is absent.
+    """
+
+    code, exit_code = 43, 27
+
+    def __init__(self, message: str = "", *, version: int = 0, needed: int = 0, answered: int = 0) -> None:
+        super().__init__(message, needed=needed, answered=answered)
+        self.version = version
 
 
 class ClockSkew(DHTError):

@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Coroutine
-from functools import partial
 from typing import Any, TypeAlias
 
 import msgspec
 import structlog
 
+from agi.core.dht.acceptor import Acceptor
 from agi.core.dht.antientropy import REQUESTS as TREE_REQUESTS
 from agi.core.dht.antientropy import AntiEntropy
 from agi.core.dht.bootstrap import Bootstrapper
 from agi.core.dht.calls import ID_BASE, Calls, Reply
 from agi.core.dht.changes import Changes
+from agi.core.dht.client_requests import ClientRequests
 from agi.core.dht.clock import Clock
 from agi.core.dht.config import Config
 from agi.core.dht.coordinator import Coordinator
@@ -46,40 +47,37 @@ from agi.core.dht.peers import Peer, Peers
 from agi.core.dht.protocol.bootstrap import Bootstrap
 from agi.core.dht.protocol.messages import (
     Delete,
-    DeleteReply,
     EpochAccept,
     EpochPrepare,
     Get,
-    GetReply,
     Hello,
-    KeyError_,
-    Message,
     Put,
-    PutReply,
     Query,
     Refused,
+    RegisterAccept,
+    RegisterAccepted,
+    RegisterPrepare,
+    RegisterPromises,
     ReplicaRead,
     ReplicaReadReply,
     ReplicaScan,
     ReplicaWrite,
     ReplicaWriteReply,
     Scan,
-    ScanReply,
     TopologyDigest,
     TopologyNews,
-    WireError,
+    Update,
 )
 from agi.core.dht.protocol.timers import TICK_S
 from agi.core.dht.protocol.versioning import HLC, writer_id
 from agi.core.dht.queries import Queries
-from agi.core.dht.reads import TRUNCATED
 from agi.core.dht.reclaim import REQUESTS as RECLAIM_REQUESTS
 from agi.core.dht.reclaim import Reclaimer
 from agi.core.dht.replica import Replica
 from agi.core.dht.replica_requests import ReplicaRequests
 from agi.core.dht.ring import Ring
 from agi.core.dht.scan import Scanner
-from agi.core.dht.sessions import Session, cut, say_goodbye
+from agi.core.dht.sessions import Session, say_goodbye
 from agi.core.dht.storage.base import StorageBackend
 from agi.core.dht.tasks import end
 from agi.core.dht.topology import JOINING, LEAVING, Member, Topology
@@ -169,6 +167,7 @@ class Node:
             store, self._hlc, clock, self.metrics, max_clock_skew_ms=config.versions.max_clock_skew_ms
         )
         self.replica.on_store_failed = self.fail
+        self.acceptor = Acceptor(self.replica, clock)
         self.scanner: Scanner | None = None
         self.peers = Peers(
             seed,
@@ -245,11 +244,12 @@ class Node:
             join_timeout_s=config.migration.join_timeout_ms / 1000,
             eviction_timeout_s=config.migration.eviction_timeout_ms / 1000,
         )
+        self._client_requests = ClientRequests(self)
         self._dispatch: dict[type, Handler] = {
-            Get: self._get,
-            Put: self._put,
-            Delete: self._delete,
-            Scan: self._scan,
+            Get: self._client_requests.get,
+            Put: self._client_requests.put,
+            Delete: self._client_requests.delete,
+            Scan: self._client_requests.scan,
             Query: self.queries.request,
             EpochPrepare: self.epochs.vote,
             EpochAccept: self.epochs.vote,
@@ -257,6 +257,9 @@ class Node:
             TopologyNews: self.epochs.news,
             ReplicaRead: self._replica_requests.read,
             ReplicaWrite: self._replica_requests.write,
+            RegisterPrepare: self._replica_requests.prepare,
+            RegisterAccept: self._replica_requests.accept,
+            Update: self._client_requests.update,
             ReplicaScan: self._replica_requests.scan,
             **dict.fromkeys(TREE_REQUESTS, self.antientropy.request),
             **dict.fromkeys(MIGRATION_REQUESTS, self.migration.request),
@@ -275,6 +278,7 @@ class Node:
             await self._boots.load()
             await self.handoff.load()
             await self.reclaimer.load()
+            await self.acceptor.load()
             topology = await self._ledger.topology()
             vote = await self._ledger.vote()
             if topology is not None:
@@ -467,8 +471,10 @@ class Node:
             self.ring,
             self.replica,
             self.peers,
+            self.acceptor,
             self._hlc,
             self.clock,
+            self._rng,
             self.metrics,
             hint=self.handoff.missed,
             hedge_budget=config.requests.hedge_budget,
@@ -478,6 +484,7 @@ class Node:
             slow_request_ms=config.observability.slow_request_ms,
             on_stale=self.epochs.ask,
         )
+        self.scanner.decide = self.coordinator.registers.run
         self.handoff.adopt(topology)
         self.antientropy.start(topology, self.ring)
         self.migration.adopt(topology, self.ring)
@@ -599,57 +606,6 @@ class Node:
         if message.kind == "node":
             self.peers.heard_of(message)
 
-    # --- requests of clients
-
-    def _ready(self) -> WireError | None:
-        return None if self.serving else self._not_ready()
-
-    def _get(self, session: Session, link: Link, request: Get) -> None:
-        if self.coordinator is None or not self.serving:
-            link.send(GetReply(request.id, [], None, self._ready()))
-            return
-        if self._debug:
-            _log.debug("get", trace=f"{session.name}:{request.id}", keys=len(request.keys))
-        self.coordinator.get(request, partial(self._answer_get, session, link), f"{session.name}:{request.id}")
-
-    def _answer_get(self, session: Session, link: Link, reply: Message) -> None:
-        """Sends the reply, cut to what one frame may hold: the client asks again for the rest."""
-        try:
-            session.send(link, reply)
-        except FrameTooLarge:
-            assert isinstance(reply, GetReply)
-            kept = cut(reply.records)
-            rest: list[KeyError_] = [(i, TRUNCATED.to_wire()) for i in range(len(kept), len(reply.records))]
-            kept += [None] * len(rest)
-            session.send(link, GetReply(reply.id, kept, (reply.errors or []) + rest, reply.error))
-
-    def _not_ready(self) -> WireError:
-        return NotReady(f"{self.node_id} is not ready: {self.waiting_for}").to_wire()
-
-    def _put(self, session: Session, link: Link, request: Put) -> None:
-        if session.turns_away(request.id, self.serving) or self.coordinator is None:
-            link.send(PutReply(request.id, [], None, self._not_ready()))
-            return
-        if self._debug:
-            _log.debug("put", trace=f"{session.name}:{request.id}", keys=len(request.keys), retry=request.retry)
-        self.coordinator.put(request, link.send, session.name)
-
-    def _delete(self, session: Session, link: Link, request: Delete) -> None:
-        if session.turns_away(request.id, self.serving) or self.coordinator is None:
-            link.send(DeleteReply(request.id, [], None, self._not_ready()))
-            return
-        if self._debug:
-            _log.debug("delete", trace=f"{session.name}:{request.id}", keys=len(request.keys), retry=request.retry)
-        self.coordinator.delete(request, link.send, session.name)
-
-    def _scan(self, session: Session, link: Link, request: Scan) -> None:
-        if self.scanner is None or not self.serving:
-            link.send(ScanReply(request.id, [], [], b"", self._ready()))
-            return
-        if self._debug:
-            _log.debug("scan", trace=f"{session.name}:{request.id}", limit=request.limit)
-        self.scanner.scan(request, partial(session.send, link), f"{session.name}:{request.id}")
-
     # --- replies of peers
 
     def _peer_message(self, peer: Peer, message: msgspec.Struct) -> None:
@@ -660,6 +616,8 @@ class Node:
             coordinator.replica_read_reply(peer, message)
         elif isinstance(message, ReplicaWriteReply) and message.id < ID_BASE:
             coordinator.replica_write_reply(peer, message)
+        elif isinstance(message, RegisterPromises | RegisterAccepted):
+            coordinator.registers.reply(peer, message)
         elif isinstance(message, Reply):
             self.calls.reply(peer, message)
         elif isinstance(message, TopologyNews):
@@ -690,3 +648,4 @@ class Node:
             await asyncio.sleep(TICK_S)
             if self.coordinator is not None:
                 self.coordinator.advance(self.clock.monotonic())
+                self.coordinator.registers.settle_abandoned()

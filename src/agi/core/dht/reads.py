@@ -6,20 +6,32 @@ import asyncio
 from collections import deque
 from functools import partial
 
-from agi.core.dht.errors import DHTError, LinkClosed, Overloaded, TransportError, Truncated, Unavailable, from_wire
+from agi.core.dht.errors import (
+    DHTError,
+    LinkClosed,
+    Overloaded,
+    StorageCorrupt,
+    TransportError,
+    Truncated,
+    Unavailable,
+    from_wire,
+)
 from agi.core.dht.joint import JointSet
 from agi.core.dht.peers import Peer
+from agi.core.dht.protocol.consensus import LOOK, LOOK_NAME, as_plain, is_settled
 from agi.core.dht.protocol.messages import (
     REPAIR,
     Get,
     GetReply,
+    Op,
+    OpResult,
     ReplicaRead,
     ReplicaReadReply,
     ReplicaWrite,
     WireError,
 )
 from agi.core.dht.protocol.quorum import Agreed, JointReadQuorum, ReadQuorum, Repair
-from agi.core.dht.protocol.record import FLAGS, is_live
+from agi.core.dht.protocol.record import FLAGS, REGISTER, is_live
 from agi.core.dht.requests import Operation, ReplyTo, Requests, refusal
 from agi.core.dht.transport.codec import encode
 from agi.core.dht.types import Consistency
@@ -334,24 +346,65 @@ class ReadGroup(ReadQuorum):
             results = operation.results
             for place, record in zip(self.places, outcome, strict=True):
                 results[place] = record
+        if self.contested:
+            contested = self.contested if self.places is None else {self.places[i] for i in self.contested}
+            operation.contested = contested | (operation.contested or set())
         operation.left -= 1
         if operation.left:
             return
         records = operation.results
         now_ms = 0
+        looks: list[int] = []
         for index, record in enumerate(records):
             if record is not None and record[FLAGS]:
                 now_ms = now_ms or requests.clock.wall_ms()
-                if not is_live(record, now_ms):
-                    if records is operation.results:
-                        records = records.copy()  # a replica's reply holds this list
+                if records is operation.results:
+                    records = records.copy()  # a replica's reply holds this list
+                if record[FLAGS] & REGISTER:
+                    if not self._shown(records, index, now_ms):
+                        looks.append(index)
+                elif not is_live(record, now_ms):
                     records[index] = None
-        requests.metrics.gets += len(records)
-        requests.finish(
-            operation,
-            requests.metrics.get_latency.observe,
-            GetReply(operation.request.id, records, operation.errors),
-        )
+        operation.results = records
+        if not looks:
+            self._finish()
+            return
+        operation.left = len(looks)  # what replicas do not agree on, or is to expire, is decided first (R9)
+        keys = operation.request.keys
+        for index in looks:
+            requests.decide(Op(LOOK_NAME, keys[index], LOOK), operation.deadline, partial(self._looked, index))
+
+    def _shown(self, records: list[bytes | None], index: int, now_ms: int) -> bool:
+        """Puts a register's value in the place of its record; whether that is what was chosen."""
+        operation, record = self.operation, records[index]
+        assert record is not None
+        try:
+            if operation.request.consistency != Consistency.ONE and (
+                index in (operation.contested or ()) or not is_settled(record, now_ms)
+            ):
+                return False
+            plain = as_plain(operation.request.keys[index], record)
+        except StorageCorrupt as error:
+            operation.fail([index], error)
+            plain = None
+        records[index] = plain if is_live(plain, now_ms) else None
+        return True
+
+    def _looked(self, index: int, result: OpResult) -> None:
+        operation = self.operation
+        operation.results[index] = result.record
+        if result.error is not None:
+            error = from_wire(*result.error)
+            operation.fail([index], error)
+        operation.left -= 1
+        if not operation.left:
+            self._finish()
+
+    def _finish(self) -> None:
+        operation, metrics = self.operation, self.requests.metrics
+        metrics.gets += len(operation.results)
+        answer = GetReply(operation.request.id, operation.results, operation.errors)
+        self.requests.finish(operation, metrics.get_latency.observe, answer)
 
 
 class JointReadGroup(JointReadQuorum, ReadGroup):

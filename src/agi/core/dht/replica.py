@@ -14,7 +14,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from operator import gt
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import structlog
 
@@ -23,9 +23,10 @@ from agi.core.dht.errors import ClockSkew, DHTError, Overloaded, StorageError, S
 from agi.core.dht.observability.logs import Throttle
 from agi.core.dht.observability.metrics import Metrics
 from agi.core.dht.protocol.commit import Commit, Effect, Fail, GroupCommit, Release
+from agi.core.dht.protocol.consensus import is_register, round_of, unvoted
 from agi.core.dht.protocol.floors import Floors
 from agi.core.dht.protocol.messages import FRESH, REPAIR, WireError
-from agi.core.dht.protocol.record import EXPIRES, FLAGS, HEADER, expires_ms_of, hlc_of, is_live, shrink
+from agi.core.dht.protocol.record import EXPIRES, FLAGS, HEADER, REGISTERED, expires_ms_of, hlc_of, is_live, shrink
 from agi.core.dht.protocol.versioning import HLC, physical_ms
 from agi.core.dht.storage.base import Batch, Page, StorageBackend
 from agi.core.dht.tasks import end
@@ -37,9 +38,9 @@ REMOTE_QUEUE_MAX = 4096
 REMOTE_READS_MAX = 256
 """Read batches under way at a store in another process."""
 STORE_TIMEOUT_S = 10.0
-SWEEP, PURGE, FILL = -1, -2, -3
+SWEEP, PURGE, FILL, DECIDE = -1, -2, -3, -4
 """Modes of writes beside those of messages: expired records shrink; records of these headers go; what a change of the
-members brings here is stored however old it is."""
+members brings here is stored however old it is; what is stored is decided by what is held."""
 
 Superseded: TypeAlias = list[tuple[int, int]] | None
 ReadDone: TypeAlias = Callable[[list[bytes | None], WireError | None], None]
@@ -47,6 +48,8 @@ WriteDone: TypeAlias = Callable[[Superseded, list[int] | None, WireError | None]
 ScanDone: TypeAlias = Callable[[Page, WireError | None], None]
 Parked: TypeAlias = Callable[[DHTError | None], None]
 HeldDone: TypeAlias = Callable[[list[bytes | None], Collection[bytes], WireError | None], None]
+Decide: TypeAlias = Callable[[list[bytes | None]], Batch]
+"""Told what a store holds of some keys; returns what to store."""
 Changed: TypeAlias = Callable[[list[bytes], Sequence[bytes | None], list[bytes]], None]
 
 
@@ -67,14 +70,18 @@ class Replica:
         self._clock = clock
         self._metrics = metrics
         self._skew_ms = max_clock_skew_ms
-        self._commit: GroupCommit[Parked] | None = GroupCommit() if store.local and store.group_sync else None
+        # registers are synced whatever `wal_sync` says (I2), so that every store that can sync has groups
+        self._commit: GroupCommit[Parked] | None = GroupCommit() if store.local and store.can_sync else None
+        self._grouped = store.group_sync
         self._sync_started = 0.0
         self._refusals = Throttle(1)
-        self._queue: deque[tuple[int, list[bytes], list[bytes], bool, WriteDone, HeldDone | None]] = deque()
+        self._queue: deque[tuple[int, list[bytes], list[bytes], bool, WriteDone, HeldDone | Decide | None]] = deque()
         self._queued = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self.on_change: Changed | None = None
         """Told of keys whose records are about to change, of the headers that they had, and which had none."""
+        self.promises: dict[bytes, bytes] = {}
+        """Keys of which this node has promised more than it has accepted (acceptor.py): plain writes stay out (R1)."""
         self._applying: Collection[bytes] = ()
         self.floors = Floors()
         """What fresh writes, hints and repairs of old versions are judged by (G1)."""
@@ -217,6 +224,11 @@ class Replica:
         for index, record in enumerate(records):
             if record is not None and record[FLAGS] == EXPIRES:
                 records[index] = self._shrunk(keys[index], record)
+        if self.promises:
+            for index, key in enumerate(keys):
+                record = records[index]
+                if is_register(record) and round_of(record) < self.promises.get(key, b""):
+                    records[index] = unvoted(record)
         return records
 
     def _shrunk(self, key: bytes, record: bytes) -> bytes:
@@ -250,7 +262,7 @@ class Replica:
             merged, inserts, superseded, live = self._merge(mode, keys, records, headers, want_live)
             if merged:
                 self._tell_change(keys, headers, merged, inserts)
-            if commit is None:
+            if commit is None or not self._grouped:
                 if merged:
                     self.store.write(Batch(merged, inserts))
                 done(superseded, live, None)
@@ -277,6 +289,8 @@ class Replica:
         """What to store of a batch: (records, which of them are inserts, superseded, live). Raises ClockSkew."""
         now_ms = self._clock.wall_ms()
         newest = hlc_of(max(records))
+        if newest >= REGISTERED:
+            newest = hlc_of(max((r for r in records if not is_register(r)), default=b"\0" * HEADER))
         if mode == FRESH and newest > self._hlc.limit(now_ms, self._skew_ms):
             self._refuse_skew(records, headers, now_ms)
         self._hlc.observe(newest)
@@ -285,6 +299,8 @@ class Replica:
         skip: Collection[int] = ()
         if min(records) < self.floors.mark and mode >= 0:
             skip = self._below_floors(mode, keys, records, headers, superseded)
+        if self.promises and mode != FILL and not self.promises.keys().isdisjoint(keys):
+            skip = self._promised(keys, records, superseded) | set(skip)
         merged = dict(zip(keys, records, strict=True))
         if len(merged) == len(keys) and not skip:
             if None not in headers:
@@ -344,6 +360,16 @@ class Replica:
         self._metrics.replica_below_floor += len(late)
         return late
 
+    def _promised(self, keys: list[bytes], records: list[bytes], superseded: list[tuple[int, int]]) -> set[int]:
+        """Which of the records a promise keeps out: plain ones, and what was accepted below it (R1, R2)."""
+        out = set()
+        for index, (key, record) in enumerate(zip(keys, records, strict=True)):
+            promise = self.promises.get(key, b"")
+            if promise and not (is_register(record) and round_of(record) >= promise):
+                superseded.append((index, hlc_of(promise)))
+                out.add(index)
+        return out
+
     def _refuse_skew(self, records: Iterable[bytes], headers: Iterable[bytes | None], now_ms: int) -> None:
         limit = self._hlc.limit(now_ms, self._skew_ms)
         for record, header in zip(records, headers, strict=True):
@@ -356,6 +382,46 @@ class Replica:
                     f"the version is {ahead_s:.1f} s ahead of this replica's clock; "
                     f"at most {self._skew_ms} ms are taken"
                 )
+
+    # --- registers (acceptor.py)
+
+    def decide(self, keys: list[bytes], decide: Decide, done: Parked) -> None:
+        """Stores what `decide` makes of what is held of these keys; `done` once that, and all that it was told, is
+        durable. Raises nothing."""
+        if not self.store.local:
+            self._enqueue(
+                DECIDE, keys, [], False, lambda _, __, error: done(None if error is None else from_wire(*error)), decide
+            )
+            return
+        commit = self._commit
+        try:
+            if commit is not None and commit.error is not None:
+                raise commit.error
+            records = self.store.read(keys)
+            if commit is not None and not commit.idle:
+                for index, key in enumerate(keys):
+                    unsynced = commit.overlay(key)
+                    if unsynced is not None:
+                        records[index] = unsynced
+            batch = decide(records)
+            changes = bool(batch.records or batch.promises)
+            if batch.records:
+                self._tell_change(keys, records, batch.records, batch.inserts)
+            if commit is None:
+                if changes:
+                    self.store.write(batch)
+                done(None)
+            elif changes:
+                effect = commit.submit(batch.records, batch.inserts, done, batch.promises)
+                if effect is not None:
+                    self._perform((effect,))
+            elif commit.idle:
+                done(None)
+            else:
+                commit.park(done)
+        except DHTError as error:
+            self._metrics.replica_errors += 1
+            done(error)
 
     # --- group commit
 
@@ -377,7 +443,7 @@ class Replica:
         self._metrics.group_commits.observe(len(group.records))
         self._sync_started = self._clock.monotonic()
         try:
-            self.store.write(Batch(group.records, group.inserts))
+            self.store.write(Batch(group.records, group.inserts, promises=group.promises))
         except StorageFull as error:
             self._perform(self._commit.failed(error, fatal=False))
         except DHTError as error:
@@ -504,12 +570,12 @@ class Replica:
         records: list[bytes],
         want_live: bool,
         done: WriteDone,
-        held: HeldDone | None,
+        held: HeldDone | Decide | None,
     ) -> None:
         if len(self._queue) >= REMOTE_QUEUE_MAX:
             full = Overloaded(f"{len(self._queue)} writes wait for the store already").to_wire()
-            if held is not None:
-                held([], (), full)
+            if held is not None and mode != DECIDE:
+                cast(HeldDone, held)([], (), full)
             else:
                 done(None, None, full)
             return
@@ -527,6 +593,14 @@ class Replica:
             await self.store.apply(Batch(purges=list(purges)))
         return list(range(len(purges)))
 
+    async def _decide_remote(self, keys: list[bytes], records: list[bytes | None], decide: Decide) -> None:
+        batch = decide(records)
+        if batch.records:
+            self._tell_change(keys, records, batch.records, batch.inserts)
+        if batch.records or batch.promises:
+            self._applying = keys
+            await self.store.apply(batch)
+
     async def _remote_writer(self) -> None:
         while True:
             await self._queued.wait()
@@ -541,6 +615,8 @@ class Replica:
                         headers = await self.store.get_many(keys)
                         if mode == PURGE:
                             live = await self._purge_remote(keys, records, headers)
+                        elif mode == DECIDE:
+                            await self._decide_remote(keys, headers, cast(Decide, held))
                         elif held is None:
                             merged, inserts, superseded, live = self._merge(mode, keys, records, headers, want_live)
                             if merged:
@@ -553,8 +629,8 @@ class Replica:
                 except TimeoutError:
                     failure = StorageError("the store did not answer in time").to_wire()
                 self._applying = ()
-                if held is not None:
-                    held(headers, (), failure)
+                if held is not None and mode != DECIDE:
+                    cast(HeldDone, held)(headers, (), failure)
                 elif failure is not None:
                     done(None, None, failure)
                 else:

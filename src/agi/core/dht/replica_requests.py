@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from agi.core.dht.acceptor import is_whole
 from agi.core.dht.errors import (
     FrameTooLarge,
     HelloRefused,
@@ -24,6 +25,10 @@ from agi.core.dht.protocol.messages import (
     FRESH,
     HINT,
     REPAIR,
+    RegisterAccept,
+    RegisterAccepted,
+    RegisterPrepare,
+    RegisterPromises,
     ReplicaRead,
     ReplicaReadReply,
     ReplicaScan,
@@ -163,6 +168,61 @@ class ReplicaRequests:
         except (TransportError, Overloaded) as failure:
             _log.info("reply_undeliverable", peer=session.name, error=str(failure))
 
+    def prepare(self, session: Session, link: Link, request: RegisterPrepare) -> None:
+        """A coordinator wants this node's promises."""
+        stale = self._judge(session, request, request.ballots)
+        if stale is not None and self._ahead(self.prepare, session, link, request):
+            return
+        if stale is not None:
+            link.send(RegisterPromises(request.id, [], None, stale))
+            return
+
+        def answer(
+            records: list[bytes | None], refusals: list[tuple[int, bytes]] | None, error: WireError | None
+        ) -> None:
+            self._answer_vote(session, link, request, RegisterPromises(request.id, records, refusals, error))
+
+        self._node.acceptor.prepare(request.keys, request.ballots, answer)
+
+    def accept(self, session: Session, link: Link, request: RegisterAccept) -> None:
+        """A coordinator wants this node's votes."""
+        stale = self._judge(session, request, request.records)
+        if stale is not None and self._ahead(self.accept, session, link, request):
+            return
+        if stale is not None:
+            link.send(RegisterAccepted(request.id, None, stale))
+            return
+
+        def answer(refusals: list[tuple[int, bytes]] | None, error: WireError | None) -> None:
+            self._answer_vote(session, link, request, RegisterAccepted(request.id, refusals, error))
+
+        self._node.acceptor.accept(request.keys, request.records, answer)
+
+    def _judge(
+        self, session: Session, request: RegisterPrepare | RegisterAccept, ballots: list[bytes]
+    ) -> WireError | None:
+        if self._debug:
+            _log.debug(type(request).__name__, trace=request.trace, peer=session.name, keys=len(request.keys))
+        if session.kind == "client":
+            raise ProtocolMismatch("a client does not write to replicas")
+        if not is_whole(request.keys, ballots):
+            raise ProtocolMismatch("a round of consensus names each key once, with its ballot or record")
+        return self.stale(session, request.epoch)
+
+    def _answer_vote(
+        self,
+        session: Session,
+        link: Link,
+        request: RegisterPrepare | RegisterAccept,
+        reply: RegisterPromises | RegisterAccepted,
+    ) -> None:
+        if reply.error is not None:
+            self._failed(request, reply.error)
+        try:
+            session.send(link, reply)
+        except (TransportError, Overloaded) as failure:
+            _log.info("reply_undeliverable", peer=session.name, error=str(failure))
+
     def scan(self, session: Session, link: Link, request: ReplicaScan) -> None:
         if self._debug:
             _log.debug("replica_scan", trace=request.trace, peer=session.name, limit=request.limit)
@@ -192,7 +252,9 @@ class ReplicaRequests:
         except (TransportError, Overloaded) as failure:
             _log.info("reply_undeliverable", peer=session.name, error=str(failure))
 
-    def _failed(self, request: ReplicaRead | ReplicaWrite | ReplicaScan, error: WireError) -> None:
+    def _failed(
+        self, request: ReplicaRead | ReplicaWrite | ReplicaScan | RegisterPrepare | RegisterAccept, error: WireError
+    ) -> None:
         if self._throttle.pass_(self._node.clock.monotonic()):
             held_back, self._throttle.suppressed = self._throttle.suppressed, 0
             _log.warning(

@@ -28,7 +28,7 @@ from agi.core.dht.joint import JointRing
 from agi.core.dht.observability.logs import Throttle
 from agi.core.dht.observability.metrics import Metrics
 from agi.core.dht.peers import Peers
-from agi.core.dht.protocol.messages import Delete, Get, KeyError_, Message, Put, WireError
+from agi.core.dht.protocol.messages import Delete, Get, KeyError_, Message, Op, OpResult, Put, WireError
 from agi.core.dht.protocol.timers import TimerWheel
 from agi.core.dht.replica import Replica
 from agi.core.dht.ring import Ring
@@ -46,12 +46,14 @@ Hint: TypeAlias = Callable[[str, list[bytes], list[bytes]], None]
 """(replica, keys, records): it missed these of an acknowledged write."""
 Part: TypeAlias = tuple[list[int] | None, list[bytes], tuple[str, ...]]
 """A part of a batch with one replica set: places in the batch (None: all of it), keys, replicas."""
+Decide: TypeAlias = Callable[[Op, float, Callable[[OpResult], None]], None]
 
 
 class Operation:
     """One client batch. `results` are by place; a failed place is named in `errors`."""
 
     errors: list[KeyError_] | None = None
+    contested: set[int] | None = None
     attempts = 0
     left = 1
 
@@ -62,6 +64,11 @@ class Operation:
         self.started = started
         self.cost = cost
         self.results: list[bytes | None] = []
+
+    @property
+    def deadline(self) -> float:
+        """Monotonic."""
+        return self.started + min(self.request.timeout_ms, TIMEOUT_MS_MAX) / 1000
 
     def fail(self, places: Iterable[int], error: DHTError) -> None:
         wire = error.to_wire()
@@ -130,6 +137,8 @@ class Requests:
         self._wheel: TimerWheel[int] = TimerWheel(clock.monotonic())
         self._slow_s = slow_s or float("inf")
         self._slow = Throttle()
+        self.decide: Decide = undecided
+        """Runs an operation under consensus (registers.py): (operation, deadline, what to tell of its result)."""
 
     def adopt(self, topology: Topology, ring: Ring | JointRing) -> None:
         """Requests go by this topology. Those under way start again where it changes replica sets, or may have: an
@@ -148,7 +157,7 @@ class Requests:
 
     def late(self, operation: Operation) -> bool:
         """The operation's deadline has passed."""
-        return self.clock.monotonic() >= operation.started + min(operation.request.timeout_ms, TIMEOUT_MS_MAX) / 1000
+        return self.clock.monotonic() >= operation.deadline
 
     def postpone(self, group: Group, operation: Operation) -> int:
         """A group that has to start again cannot reach its replicas yet: new ones are connected only after the change.
@@ -204,14 +213,26 @@ class Requests:
 
     def enter(self, group: Group, operation: Operation) -> int:
         """The group's id; it ends at the operation's deadline at the latest."""
+        return self.enter_until(group, operation.deadline)
+
+    def enter_until(self, group: Group, deadline: float) -> int:
+        """As `enter`, until that monotonic time."""
         self._ids = number = self._ids + 1
         self.pending[number] = group
-        self._wheel.add(operation.started + min(operation.request.timeout_ms, TIMEOUT_MS_MAX) / 1000, number)
+        self._wheel.add(deadline, number)
         return number
+
+    def replicas(self, key: bytes) -> tuple[str, ...]:
+        """Of one key; a JointSet where they are changing."""
+        return self._all if self._everywhere else self._ring.replicas(key)
+
+    def release(self, cost: int) -> None:
+        """What was admitted for this cost has been answered."""
+        self._bytes -= cost
 
     def finish(self, operation: Operation, observe: Callable[[float, int], None], answer: Message) -> None:
         """Sends the answer of an operation whose groups have all ended."""
-        self._bytes -= operation.cost
+        self.release(operation.cost)
         count = len(operation.request.keys)
         elapsed = self.clock.monotonic() - operation.started
         observe(elapsed, count)
@@ -242,6 +263,10 @@ class Requests:
                 group = self.pending.pop(number, None)
                 if group is not None:
                     group.restart()
+
+
+def undecided(op: Op, deadline: float, answer: Callable[[OpResult], None]) -> None:
+    raise AssertionError("the coordinator has not been put together")
 
 
 def refusal(error: Exception) -> DHTError:

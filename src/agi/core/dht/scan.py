@@ -31,9 +31,12 @@ from agi.core.dht.errors import (
 from agi.core.dht.joint import JointRing
 from agi.core.dht.observability.metrics import Metrics
 from agi.core.dht.peers import Peers
+from agi.core.dht.protocol.consensus import LOOK, LOOK_NAME, as_plain, is_register, is_settled
 from agi.core.dht.protocol.messages import (
     REPAIR,
     Message,
+    Op,
+    OpResult,
     ReplicaScan,
     ReplicaScanReply,
     ReplicaWrite,
@@ -43,6 +46,7 @@ from agi.core.dht.protocol.messages import (
 )
 from agi.core.dht.protocol.record import is_live
 from agi.core.dht.replica import Replica
+from agi.core.dht.requests import Decide, undecided
 from agi.core.dht.ring import Ring
 from agi.core.dht.storage.base import Page
 from agi.core.dht.tasks import end
@@ -120,6 +124,8 @@ class Scanner:
         self._metrics = metrics
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn = 0
+        self.decide: Decide = undecided
+        """As in `Requests`."""
 
     def adopt(self, topology: Topology, ring: Ring | JointRing) -> None:
         """Scans go by this topology; the pages of those under way begin again."""
@@ -203,6 +209,7 @@ class Scanner:
         now_ms = self._clock.wall_ms()
         keys: list[bytes] = []
         records: list[bytes] = []
+        contested: list[int] = []
         repairs: dict[str, list[tuple[bytes, bytes]]] = {}
         repairing = level is not Consistency.ONE and (max(needs.values()) > 1 or bool(view.new))
         size, cursor = 0, (horizon + b"\0" if horizon is not None else b"")
@@ -212,20 +219,49 @@ class Scanner:
             newest = max((record for name, record in versions.items() if name in replicas), default=None)
             if newest is None:
                 continue  # left over at a node that does not own it
-            if is_live(newest, now_ms):
+            shown: bytes | None = newest
+            if is_register(newest):
+                alike = all(versions.get(name) == newest for name in replicas if name in pages)
+                if level is not Consistency.ONE and not (alike and is_settled(newest, now_ms)):
+                    contested.append(len(keys))  # a round has to tell (R9)
+                else:
+                    shown = as_plain(key, newest)
+            if (contested and contested[-1] == len(keys)) or is_live(shown, now_ms):
                 if len(keys) == request.limit or (keys and size + len(newest) > BATCH_BYTES_MAX):
                     cursor = key
                     break
                 keys.append(key)
-                records.append(newest)
+                records.append(shown or b"")
                 size += len(newest) + len(key)
-            if repairing:
+            if repairing and not is_register(newest):
                 for name in replicas:
                     if name in pages and versions.get(name) != newest:
                         repairs.setdefault(name, []).append((key, newest))
         if repairs:
             await self._repair(view, repairs, trace)
+        contested = [index for index in contested if index < len(keys)]
+        if contested:
+            found = await asyncio.gather(*(self._look(keys[index], request.timeout_ms) for index in contested))
+            for index, plain in zip(contested, found, strict=True):
+                records[index] = plain or b""
+            gone = {index for index in contested if not records[index]}
+            keys = [key for index, key in enumerate(keys) if index not in gone]
+            records = [record for index, record in enumerate(records) if index not in gone]
         return keys, records, cursor
+
+    async def _look(self, key: bytes, timeout_ms: int) -> bytes | None:
+        """What a key under consensus holds, decided. Raises what prevents that."""
+        looked: asyncio.Future[OpResult] = asyncio.get_running_loop().create_future()
+
+        def answer(result: OpResult) -> None:
+            if not looked.done():
+                looked.set_result(result)
+
+        self.decide(Op(LOOK_NAME, key, LOOK), self._clock.monotonic() + timeout_ms / 1000, answer)
+        result = await looked
+        if result.error is not None:
+            raise from_wire(*result.error)
+        return result.record
 
     async def _cover(
         self, view: _View, needs: dict[tuple[str, ...], int], request: Scan, trace: str

@@ -29,6 +29,8 @@ class Consistency(enum.IntEnum):
     ONE = 1
     QUORUM = 2
     ALL = 3
+    LINEARIZABLE = 4
+    """As QUORUM; and writes go through consensus, so that they cannot overtake each other."""
 
     def needed(self, replicas: int) -> int:
         """Replies needed from a replica set of this size."""
@@ -43,7 +45,7 @@ class Consistency(enum.IntEnum):
             return value
         if isinstance(value, str) and value.upper() in cls.__members__:
             return cls[value.upper()]
-        raise InvalidConsistency(f"unknown consistency {value!r}: use ONE, QUORUM or ALL")
+        raise InvalidConsistency(f"unknown consistency {value!r}: use ONE, QUORUM, ALL or LINEARIZABLE")
 
 
 class MemberStatus(enum.IntEnum):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from functools import partial
 
+import xxhash
+
 from agi.core.dht.errors import (
     ClockSkew,
     DHTError,
@@ -23,11 +25,14 @@ from agi.core.dht.errors import (
 )
 from agi.core.dht.joint import JointSet
 from agi.core.dht.peers import Peer
+from agi.core.dht.protocol.consensus import PUT, REMOVE
 from agi.core.dht.protocol.dedup import RequestTable
 from agi.core.dht.protocol.messages import (
     FRESH,
     Delete,
     DeleteReply,
+    Op,
+    OpResult,
     Put,
     PutReply,
     ReplicaWrite,
@@ -35,7 +40,7 @@ from agi.core.dht.protocol.messages import (
     WireError,
 )
 from agi.core.dht.protocol.quorum import JointWriteQuorum, WriteQuorum, Written
-from agi.core.dht.protocol.record import TOMBSTONE, created_ms_of, hlc_of, is_live, pack, pack_batch
+from agi.core.dht.protocol.record import REGISTERED, TOMBSTONE, created_ms_of, hlc_of, is_live, pack, pack_batch
 from agi.core.dht.protocol.versioning import HLC
 from agi.core.dht.requests import Operation, ReplyTo, Requests
 from agi.core.dht.transport.codec import encode
@@ -106,6 +111,11 @@ class Writes:
         trace = trace or f"{client}:{request.id}"
         operation = WriteOperation(request, reply, trace, requests.clock.monotonic(), cost, client)
         self._known.add(client, request.id, operation, len(request.keys))
+        if request.consistency == Consistency.LINEARIZABLE:
+            operation.results = [None] * len(request.keys)
+            operation.left = 0
+            self.decide(operation, list(range(len(request.keys))))
+            return
         for places, keys, replicas in requests.parts(operation, None, request.keys):
             group = JointWriteGroup if type(replicas) is JointSet else WriteGroup
             group(self, requests, operation, places, keys, replicas, needed).start()
@@ -115,6 +125,29 @@ class Writes:
         known = self._known.get(client, number)
         if known is not None and _came_to_nothing(known):
             self._known.drop(client, number)
+
+    def decide(self, operation: WriteOperation, places: list[int]) -> None:
+        """Writes the keys at these places under consensus; the operation waits for each of them."""
+        request = operation.request
+        operation.left += len(places)
+        for place in places:
+            name: bytes = xxhash.xxh3_128_digest(f"{operation.client}:{request.id}:{place}".encode())
+            if isinstance(request, Put):
+                op = Op(name, request.keys[place], PUT, value=request.values[place], ttl_ms=request.ttl_ms)
+            else:
+                op = Op(name, request.keys[place], REMOVE)
+            self._requests.decide(op, operation.deadline, partial(self._decided, operation, place))
+
+    def _decided(self, operation: WriteOperation, place: int, result: OpResult) -> None:
+        if result.error is not None:
+            operation.fail([place], from_wire(*result.error))
+        else:
+            operation.results[place] = result.version.to_bytes(8, "big")
+            if result.number and operation.delete:
+                operation.existed = (operation.existed or set()) | {place}
+        operation.left -= 1
+        if not operation.left:
+            self.answer(operation)
 
     def restart(
         self, operation: WriteOperation, places: list[int] | None, keys: list[bytes], records: list[bytes]
@@ -284,7 +317,7 @@ class WriteGroup(WriteQuorum):
             created_ms = now_ms
             if header is not None:
                 known = hlc_of(header)
-                if known >= version:
+                if REGISTERED > known >= version:  # a register's replicas will say so
                     hlc.observe(known)
                     version = hlc.tick(now_ms)
                 if is_live(header, now_ms):
@@ -375,21 +408,32 @@ class WriteGroup(WriteQuorum):
             self.requests.pending.pop(self.id, None)
 
     def _restamp(self, restamp: list[tuple[int, int]]) -> None:
-        """Newer versions are in the way of some keys: write those again, above them (V2)."""
+        """Newer versions are in the way of some keys: write those again, above them (V2). Others have come under
+        consensus: write those with it (R1)."""
         operation = self.operation
         operation.attempts += 1
         self.requests.metrics.restamps += len(restamp)
-        self.writes.hlc.observe(max(hlc for _, hlc in restamp))
-        indexes = self.restamped = [index for index, _ in restamp]
-        places = indexes if self.places is None else [self.places[i] for i in indexes]
-        if operation.attempts > RESTAMPS_MAX:
-            operation.fail(places, OutcomeUnknown(f"other writers were faster {RESTAMPS_MAX} times"))
-            self._done(Written([]))
-            return
-        operation.left += 1
+        self.restamped = [index for index, _ in restamp]
+        registers = [index for index, hlc in restamp if hlc >= REGISTERED]
+        again = [index for index, hlc in restamp if hlc < REGISTERED]
+        self.writes.hlc.observe(max((hlc for _, hlc in restamp if hlc < REGISTERED), default=0))
+        operation.left += 1  # until all of the following has begun
         self._done(Written([]))
-        keys = [self.keys[i] for i in indexes]
-        self.__class__(self.writes, self.requests, operation, places, keys, self.replica_set, self.needed).start()
+        if registers:
+            self.writes.decide(operation, registers if self.places is None else [self.places[i] for i in registers])
+        if again:
+            places = again if self.places is None else [self.places[i] for i in again]
+            if operation.attempts > RESTAMPS_MAX:
+                operation.fail(places, OutcomeUnknown(f"other writers were faster {RESTAMPS_MAX} times"))
+            else:
+                operation.left += 1
+                keys = [self.keys[i] for i in again]
+                self.__class__(
+                    self.writes, self.requests, operation, places, keys, self.replica_set, self.needed
+                ).start()
+        operation.left -= 1
+        if not operation.left:
+            self.writes.answer(operation)
 
     def _done(self, outcome: Written | DHTError) -> None:
         self.answered = True

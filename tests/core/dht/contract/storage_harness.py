@@ -6,7 +6,7 @@ import itertools
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,6 +60,22 @@ async def all_hints(store: StorageBackend, limit: int = 100) -> tuple[list[Hint]
         start = page.next
         if not start:
             return sorted(hints.values(), key=lambda found: found.number), damaged
+
+
+def promise(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+async def all_promises(store: StorageBackend, limit: int = 100) -> dict[bytes, bytes]:
+    """The promises of a store, page by page."""
+    found: dict[bytes, bytes] = {}
+    start = b""
+    while True:
+        page = await store.load_promises(start, limit)
+        found |= page.items
+        start = page.next
+        if not start:
+            return found
 
 
 class RedisServer:
@@ -131,6 +147,16 @@ class Site:
             client = store._open_client()
             packed = await client.hget(store._hints, name)  # type: ignore[misc]  # redis-py's types know no awaiting
             await client.hset(store._hints, name, packed[:-1] + bytes([packed[-1] ^ 1]))  # type: ignore[misc]
+
+    async def damage_promise(self, store: StorageBackend, key: bytes, damage: Callable[[bytes], bytes]) -> None:
+        """Alters what is stored of a promise behind the store's back."""
+        if isinstance(store, RocksStore):
+            family = store._open_engine().promises
+            family[key] = damage(family[key])
+        elif isinstance(store, RedisStore):
+            client = store._open_client()
+            packed = await client.hget(store._promises, key)  # type: ignore[misc]  # redis-py's types know no awaiting
+            await client.hset(store._promises, key, damage(packed))  # type: ignore[misc]
 
     def make(self) -> StorageBackend:
         if self.kind == "memory":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,19 +17,22 @@ from storage_harness import (
     all_by_key,
     all_by_token,
     all_hints,
+    all_promises,
     by_token,
     hint,
     inserts,
     many,
+    promise,
     rec,
     redis_server,
     token,
     token_of,
 )
 
-from agi.core.dht.errors import StorageClosed
+from agi.core.dht.errors import StorageClosed, StorageCorrupt
 from agi.core.dht.protocol.record import SHRUNK, TOMBSTONE, shrink, verify
 from agi.core.dht.storage.base import Batch, Count, StorageBackend
+from agi.core.dht.storage.promises import pack_promise
 
 MIB = 1024 * 1024
 KEYS = [
@@ -390,6 +393,128 @@ async def test_hints_are_there_after_reopening(site: Site) -> None:
     await again.close()
 
 
+async def test_promises_are_kept_replaced_and_removed(store: StorageBackend) -> None:
+    assert await all_promises(store) == {}
+    await store.apply(Batch(promises={b"a": promise(1), b"b": promise(2), b"c": promise(3)}))
+    assert await all_promises(store) == {b"a": promise(1), b"b": promise(2), b"c": promise(3)}
+    await store.apply(Batch(promises={b"a": promise(9), b"b": b"", b"never there": b"", b"d": promise(4)}))
+    assert await all_promises(store) == {b"a": promise(9), b"c": promise(3), b"d": promise(4)}
+    await store.apply(Batch(promises=dict.fromkeys((b"a", b"c", b"d"), b"")))
+    assert await all_promises(store) == {}
+    if store.local:
+        store.write(Batch(promises={b"a": promise(5)}))
+        assert await all_promises(store) == {b"a": promise(5)}
+
+
+async def test_promises_of_every_kind_of_key(store: StorageBackend) -> None:
+    kept = {key: promise(at << 120 | at) for at, key in enumerate(KEYS)}
+    await store.apply(Batch(promises=kept))
+    assert await all_promises(store, 3) == kept
+    await store.apply(Batch(promises=dict.fromkeys(KEYS[::2], b"")))
+    assert await all_promises(store, 3) == {key: kept[key] for key in KEYS[1::2]}
+
+
+async def test_promises_are_apart_from_records(store: StorageBackend) -> None:
+    kept = {b"alone": promise(1), b"key:000003": promise(2)}
+    await store.apply(Batch(promises=kept))
+    assert await store.count() == Count(0, True)
+    assert await all_by_key(store, 10) == await all_by_token(store, 0, TOKEN_MAX, 10) == []
+    assert await store.get_many(list(kept)) == [None, None]
+    assert await store.expired(1 << 62, 10) == []
+    content = many(10) | {b"brief": rec(b"brief", expires_ms=5)}
+    await store.apply(Batch(dict(content), list(content), promises={b"brief": promise(3)}))
+    await store.put_meta("identity", b"me")
+    await store.save_hints([hint(1)], [])
+    kept[b"brief"] = promise(3)
+    assert await all_promises(store) == kept
+    assert await all_by_key(store, 3) == sorted(content.items())
+    assert await all_by_token(store, 0, TOKEN_MAX, 3) == by_token(content)
+    assert await store.count() == Count(11, True)
+    assert (await store.stats()).records == 11
+    assert await store.expired(1 << 62, 10) == [(b"brief", content[b"brief"])]
+    assert await all_hints(store) == ([hint(1)], [])
+
+
+async def test_a_purge_leaves_promises_alone_unless_told(store: StorageBackend) -> None:
+    content = many(3)
+    first, second, third = content
+    await store.apply(Batch(dict(content), list(content), promises=dict.fromkeys(content, promise(1))))
+    await store.apply(Batch(purges=[first, second], promises={second: b"", third: promise(2)}))
+    assert await all_by_key(store, 10) == [(third, content[third])]
+    assert await all_promises(store) == {first: promise(1), third: promise(2)}
+
+
+@pytest.mark.parametrize("wrong", [b"x", bytes(15), bytes(17)])
+async def test_a_batch_with_what_is_no_promise_is_refused_whole(store: StorageBackend, wrong: bytes) -> None:
+    await store.apply(Batch(promises={b"kept": promise(1)}))
+    batch = Batch({b"a": rec(b"a", expires_ms=1)}, [b"a"], promises={b"a": promise(2), b"b": wrong, b"kept": b""})
+    with pytest.raises(ValueError, match="16 bytes"):
+        await store.apply(batch)
+    assert await all_promises(store) == {b"kept": promise(1)}
+    assert await store.get(b"a") is None
+    assert await store.count() == Count(0, True)
+
+
+async def test_many_promises_are_loaded_in_pages(site: Site, store: StorageBackend) -> None:
+    kept = {b"key:%06d" % number: promise(number) for number in range(2000)}
+    items = list(kept.items())
+    for at in range(0, 2000, 500):
+        await store.apply(Batch(promises=dict(items[at : at + 500])))
+    assert await all_promises(store, 64) == kept
+    page = await store.load_promises(b"", 64)
+    if site.keeps:
+        assert 32 <= len(page.items) <= 128
+        assert page.next
+    await store.apply(Batch(promises=dict.fromkeys(list(kept)[:1990], b"")))
+    assert await all_promises(store, 3) == dict(items[1990:])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda packed: packed[:-1] + bytes([packed[-1] ^ 1]),
+        lambda packed: bytes([packed[0] ^ 128]) + packed[1:],
+        lambda packed: packed[:-1],
+        lambda packed: packed + b"x",
+        lambda _: b"",
+        lambda _: pack_promise(b"another key", promise(3)),
+    ],
+    ids=["promise", "checksum", "short", "long", "empty", "of another key"],
+)
+async def test_a_damaged_promise_is_refused(
+    site: Site, store: StorageBackend, damage: Callable[[bytes], bytes]
+) -> None:
+    if not site.keeps:
+        pytest.skip("nothing that is read again can be damaged in it")
+    kept = {b"key:%d" % number: promise(number) for number in range(5)}
+    await store.apply(Batch(promises=kept))
+    await site.damage_promise(store, b"key:3", damage)
+    with pytest.raises(StorageCorrupt, match="promise of b'key:3'"):
+        await all_promises(store, 2)
+    await store.apply(Batch(promises={b"key:3": promise(3)}))
+    assert await all_promises(store) == kept
+
+
+async def test_promises_are_there_after_reopening(site: Site) -> None:
+    store = site.make()
+    await store.open()
+    await store.apply(inserts({b"a": rec(b"a")}))
+    await store.apply(Batch(promises={b"a": promise(1), b"b": promise(2), b"c": promise(3)}))
+    await store.apply(Batch({b"a": rec(b"a", hlc=2)}, promises={b"a": b"", b"b": promise(4)}))
+    await store.close()
+    again = site.make()
+    await again.open()
+    assert await all_promises(again) == ({b"b": promise(4), b"c": promise(3)} if site.keeps else {})
+    await again.close()
+
+
+async def test_a_store_says_whether_it_may_keep_promises(site: Site, store: StorageBackend) -> None:
+    """The suite's Redis server keeps no log; test_redis_store.py has those that do."""
+    assert store.voting_refusal == (
+        "the Redis server runs with `appendonly no`, not `appendonly yes`" if site.kind == "redis" else ""
+    )
+
+
 async def test_what_persists_is_there_after_reopening(site: Site) -> None:
     store = site.make()
     assert store.persistent == site.keeps
@@ -436,6 +561,8 @@ async def test_a_closed_store_says_so(site: Site, when: str) -> None:
         store.put_meta("a", b""),
         store.save_hints([hint(1)], []),
         store.load_hints(b"", 1),
+        store.apply(Batch(promises={b"a": promise(1)})),
+        store.load_promises(b"", 1),
     ):
         with pytest.raises(StorageClosed):
             await call
@@ -464,6 +591,7 @@ SMALL_KEYS = st.sampled_from([b"a", b"b", b"b\0", b"c", b"\xff", b"\0", b"ab", b
 WRITES = st.dictionaries(
     SMALL_KEYS, st.tuples(st.binary(max_size=4), st.integers(0, 6), st.sampled_from([0, TOMBSTONE, SHRUNK])), max_size=5
 )
+PROMISES = st.dictionaries(SMALL_KEYS, st.builds(promise, st.integers(0, 9)) | st.just(b""), max_size=3)
 
 
 class Model(RuleBasedStateMachine):
@@ -475,6 +603,7 @@ class Model(RuleBasedStateMachine):
         super().__init__()
         self.runner = asyncio.Runner()
         self.content: dict[bytes, bytes] = {}
+        self.promises: dict[bytes, bytes] = {}
         self.hlc = 0
         self.open()
 
@@ -486,10 +615,12 @@ class Model(RuleBasedStateMachine):
         self.runner.run(self.store.close())
         self.runner.close()
 
-    @rule(writes=WRITES, purges=st.lists(SMALL_KEYS, max_size=3))
-    def apply(self, writes: dict[bytes, tuple[bytes, int, int]], purges: list[bytes]) -> None:
+    @rule(writes=WRITES, purges=st.lists(SMALL_KEYS, max_size=3), promises=PROMISES)
+    def apply(
+        self, writes: dict[bytes, tuple[bytes, int, int]], purges: list[bytes], promises: dict[bytes, bytes]
+    ) -> None:
         self.hlc += 1
-        batch = Batch(purges=[key for key in purges if key not in writes])
+        batch = Batch(purges=[key for key in purges if key not in writes], promises=promises)
         for key, (value, expires, flags) in writes.items():
             batch.records[key] = rec(key, value, hlc=self.hlc, expires_ms=expires, flags=flags)
             if key not in self.content:
@@ -498,6 +629,11 @@ class Model(RuleBasedStateMachine):
         self.content |= batch.records
         for key in batch.purges:
             self.content.pop(key, None)
+        self.promises = {key: packed for key, packed in (self.promises | promises).items() if packed}
+
+    @rule(limit=st.integers(1, 4))
+    def load_promises(self, limit: int) -> None:
+        assert self.runner.run(all_promises(self.store, limit)) == self.promises
 
     @rule(keys=st.lists(SMALL_KEYS, max_size=6))
     def get(self, keys: list[bytes]) -> None:

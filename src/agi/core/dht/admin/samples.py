@@ -42,7 +42,13 @@ class NodeSamples:
 
     def _requests(self) -> Iterator[Metric]:
         metrics = self._node.metrics
-        counts = {"get": metrics.gets, "put": metrics.puts, "delete": metrics.deletes, "scan": metrics.scans}
+        counts = {
+            "get": metrics.gets,
+            "put": metrics.puts,
+            "delete": metrics.deletes,
+            "scan": metrics.scans,
+            "update": metrics.updates,
+        }
         yield _counters("dht_operations", "Keys (scans: pages) that this node coordinated.", "operation", counts)
         yield _counters("dht_failures", "Keys that failed, by error.", "error", metrics.failures)
         yield _histograms(
@@ -54,11 +60,19 @@ class NodeSamples:
                 "put": metrics.put_latency,
                 "delete": metrics.delete_latency,
                 "scan": metrics.scan_latency,
+                "update": metrics.update_latency,
             },
         )
         yield _counter("dht_hedged_reads", "Reads that asked a further replica because one was late.", metrics.hedges)
         yield _counter("dht_read_repairs", "Records that reads brought to replicas.", metrics.read_repairs)
         yield _counter("dht_restamps", "Writes stamped anew above a newer version.", metrics.restamps)
+        yield _counter("dht_rounds", "Values of keys under consensus that were chosen.", metrics.rounds)
+        yield _counter(
+            "dht_rounds_preempted", "Rounds of consensus that another coordinator overtook.", metrics.rounds_preempted
+        )
+        yield _gauge(
+            "dht_promises", "Rounds that this node has promised and not yet accepted.", self._node.acceptor.promises
+        )
         yield _counter(
             "dht_retries_deduplicated", "Repeated writes that were answered from memory.", metrics.retries_deduplicated
         )

@@ -10,12 +10,13 @@ from typing import Any, Self
 
 from agi.core.dht.client.batches import Batch, Gathered, Kind, OpenBatch
 from agi.core.dht.client.changes import MembershipCalls
+from agi.core.dht.client.conditional import ConditionalCalls, checked_version
 from agi.core.dht.client.members import MemberStates, StatusCallback
 from agi.core.dht.client.repairs import order_repairs
 from agi.core.dht.client.session import Session
 from agi.core.dht.clock import Clock, SystemClock
 from agi.core.dht.errors import BatchError, ClientClosed, DHTError, InvalidRequest
-from agi.core.dht.protocol.messages import Scan
+from agi.core.dht.protocol.messages import Op, OpResult, Scan
 from agi.core.dht.protocol.record import HEADER, created_ms_of, expires_ms_of, hlc_of
 from agi.core.dht.protocol.versioning import physical_ms
 from agi.core.dht.transport.base import Transport
@@ -44,7 +45,7 @@ HOLD_S = 0.001
 wait, beside memory it is not."""
 
 
-class DHTClient(MembershipCalls):
+class DHTClient(MembershipCalls, ConditionalCalls):
     """A client of one cluster, for one event loop.
 
     Calls made in the same turn of the loop travel together, so `asyncio.gather` over many calls is nearly as fast as
@@ -199,11 +200,22 @@ class DHTClient(MembershipCalls):
         ttl_seconds: float | None = None,
         consistency: Consistency | str | None = None,
         timeout: float | None = None,
+        if_version: int | None = None,
+        if_absent: bool = False,
     ) -> int:
         """Stores a value, last writer wins; returns its version. With `ttl_seconds` it expires.
 
-        Raises InvalidKey, InvalidValue, InvalidTTL; Unavailable (nothing written); OutcomeUnknown; ClockSkew.
+        With `if_version` only over that version, with `if_absent` only if there is no value: such a write goes through
+        consensus (conditional.py), and so do all later ones of its key.
+
+        Raises InvalidKey, InvalidValue, InvalidTTL; VersionConflict; Unavailable (nothing written); OutcomeUnknown;
+        ClockSkew.
         """
+        if if_absent or if_version is not None:
+            if if_absent and if_version is not None:
+                raise InvalidRequest("a key is absent, or at a version: not both")
+            at = 0 if if_version is None else checked_version(if_version)
+            return (await self._write_over(key, value, ttl_seconds, at, timeout)).version
         raw, value = encode_key(key), check_value(value)
         if ttl_seconds is None and consistency is None and timeout is None and len(value) < BULK_VALUE_BYTES:
             batch = self._puts
@@ -232,9 +244,16 @@ class DHTClient(MembershipCalls):
         return version
 
     async def delete(
-        self, key: str, *, consistency: Consistency | str | None = None, timeout: float | None = None
+        self,
+        key: str,
+        *,
+        consistency: Consistency | str | None = None,
+        timeout: float | None = None,
+        if_version: int | None = None,
     ) -> bool:
-        """Deletes a key. True if one of the replicas that answered held a live value."""
+        """Deletes a key. True if one of the replicas that answered held a live value. `if_version` as in `put`."""
+        if if_version is not None:
+            return bool((await self._write_over(key, None, None, checked_version(if_version), timeout)).number)
         return bool(await self._one(Kind.DELETE, key, consistency, timeout))
 
     # --- many keys
@@ -485,16 +504,28 @@ class DHTClient(MembershipCalls):
             batch = self._others[name] = self._open(kind, level, ttl_ms, timeout)
         return batch
 
+    async def _operate(self, op: Op, timeout: float | None) -> OpResult:
+        batch = self._batch(Kind.UPDATE, Consistency.LINEARIZABLE, 0, timeout)
+        batch.keys.append(op.key)
+        batch.ops.append(op)
+        batch.bytes += len(op.key) + len(op.value)
+        result: OpResult = await self._collected(batch)
+        return result
+
     async def _one(self, kind: Kind, key: str, consistency: Consistency | str | None, timeout: float | None) -> Any:
         raw = encode_key(key)
         batch = self._batch(kind, consistency, 0, timeout)
         batch.keys.append(raw)
+        return await self._collected(batch)
+
+    async def _collected(self, batch: OpenBatch) -> Any:
+        """The result of what was added to the batch last, which goes out at the end of this turn."""
         future = self._loop.create_future()
         batch.futures.append(future)
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
-        if len(batch.keys) >= BATCH_KEYS_MAX:
+        if batch.bytes > BATCH_BYTES_MAX or len(batch.keys) >= BATCH_KEYS_MAX:
             self._flush()
         return await future
 

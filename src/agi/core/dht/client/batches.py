@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from agi.core.dht.errors import DHTError
-from agi.core.dht.protocol.messages import Delete, Get, Put
+from agi.core.dht.protocol.messages import Delete, Get, Op, Put, Update
 from agi.core.dht.types import Consistency
 
 
@@ -20,6 +20,7 @@ class Kind(enum.IntEnum):
     GET = 0
     PUT = 1
     DELETE = 2
+    UPDATE = 3
 
 
 class Sink(Protocol):
@@ -94,6 +95,7 @@ class Batch:
         "keys",
         "kind",
         "node",
+        "ops",
         "places",
         "run_id",
         "sent",
@@ -110,6 +112,7 @@ class Batch:
         self.sink = sink
         self.keys: list[bytes] = []
         self.values: list[bytes] = []
+        self.ops: list[Op] = []
         self.places: list[int] | None = None
         self.bytes = 0
         self.attempts = 0
@@ -118,11 +121,16 @@ class Batch:
         self.run_id = ""
         self.sent = 0.0
 
-    def message(self, timeout_ms: int, retry: bool) -> Get | Put | Delete:
+    def message(self, timeout_ms: int, retry: bool) -> Get | Put | Delete | Update:
         if self.kind is Kind.GET:
             return Get(self.id, self.consistency, timeout_ms, self.keys)
         if self.kind is Kind.PUT:
             return Put(self.id, self.consistency, timeout_ms, self.keys, self.values, self.ttl_ms, retry)
+        if self.kind is Kind.UPDATE:
+            if self.attempts:
+                for op in self.ops:
+                    op.retry = True
+            return Update(self.id, timeout_ms, self.ops)
         return Delete(self.id, self.consistency, timeout_ms, self.keys, retry)
 
     def part(self, indexes: Iterable[int]) -> Batch:
@@ -133,6 +141,8 @@ class Batch:
         for index in indexes:
             part.keys.append(self.keys[index])
             part.places.append(index if self.places is None else self.places[index])
+            if self.ops:
+                part.ops.append(self.ops[index])
             if self.values:
                 part.values.append(self.values[index])
         part.bytes = sum(map(len, part.keys)) + sum(map(len, part.values))

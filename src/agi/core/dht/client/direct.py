@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from agi.core.dht.client.batches import Batch
 from agi.core.dht.errors import Overloaded, TransportError
+from agi.core.dht.protocol.consensus import as_plain, state_of
 from agi.core.dht.protocol.latency import Quantile
 from agi.core.dht.protocol.messages import ReplicaRead, ReplicaReadReply
-from agi.core.dht.protocol.record import EXPIRES, FLAGS
+from agi.core.dht.protocol.record import EXPIRES, FLAGS, REGISTER, UNVOTED
 from agi.core.dht.protocol.timers import TimerWheel
 from agi.core.dht.transport.codec import encode
 
@@ -84,6 +85,12 @@ class DirectReads:
             return
         for index, record in enumerate(records):
             if record is not None and record[FLAGS]:
+                if record[FLAGS] & REGISTER:
+                    if record[FLAGS] & UNVOTED or state_of(record).expires_ms:
+                        self._fall_back(reply.id)
+                        return
+                    records[index] = as_plain(batch.keys[index], record)
+                    continue
                 if record[FLAGS] == EXPIRES:
                     self._fall_back(reply.id)  # a coordinator judges by its clock
                     return

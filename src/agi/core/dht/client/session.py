@@ -20,6 +20,7 @@ import msgspec
 from agi.core.dht.client.batches import Batch, Kind
 from agi.core.dht.client.direct import DIRECT_KEYS_MAX, DirectReads
 from agi.core.dht.client.links import Asking, Farewells, NodeHandler
+from agi.core.dht.client.routing import by_key, spread
 from agi.core.dht.clock import Clock
 from agi.core.dht.errors import (
     ClientClosed,
@@ -48,6 +49,7 @@ from agi.core.dht.protocol.messages import (
     ReplicaReadReply,
     Scan,
     ScanReply,
+    UpdateReply,
     WireError,
 )
 from agi.core.dht.protocol.timers import TICK_S, TimerWheel
@@ -366,6 +368,8 @@ class Session:
             del self._batches[batch.id]
             if batch.kind is Kind.GET:
                 self._again(batch, reason)
+            elif batch.kind is Kind.UPDATE:  # any node can tell what became of it
+                self._unknown(batch, reason)
             else:  # the same process may still answer for it
                 self._lost.setdefault(remote.node_id, []).append(batch)
 
@@ -437,20 +441,15 @@ class Session:
         if not up:
             self._later(batch, Unavailable("no node is reachable"))
             return
-        if self.ring is None:
-            self._send(batch, up[self._turn % len(up)], retry=False)
-            return
-        by_node: dict[str, list[int]] = {}
         names = [remote.node_id for remote in up]
         start = self._turn % len(names)
-        rank = {name: index for index, name in enumerate(names[start:] + names[:start])}
-        for index, key in enumerate(batch.keys):
-            replicas = [name for name in self.ring.replicas(key) if name in rank]
-            # prefer a replica that this batch already goes to: fewer frames
-            name = next((name for name in replicas if name in by_node), None) or min(
-                replicas, key=rank.__getitem__, default=names[start]
-            )
-            by_node.setdefault(name, []).append(index)
+        if batch.kind is Kind.UPDATE:
+            by_node = by_key(batch.keys, names, self.ring)
+        elif self.ring is None:
+            self._send(batch, up[start], retry=False)
+            return
+        else:
+            by_node = spread(batch.keys, names[start:] + names[:start], self.ring)
         for name, indexes in by_node.items():
             part = batch if len(by_node) == 1 else batch.part(indexes)
             self._send(part, self.nodes[name], retry=False)
@@ -480,7 +479,11 @@ class Session:
         batch.attempts += 1
         # a node that is not ready yet is waited for, however often
         tried_enough = batch.attempts > self._retry_count and not isinstance(error, NotReady)
-        if tried_enough or self.clock.monotonic() >= batch.deadline:
+        now = self.clock.monotonic()
+        left_s = batch.deadline - now
+        if 0 < batch.sent < now - left_s and not isinstance(error, TransportError):
+            tried_enough = True  # it took longer than is left: its outcome is known, another's would not be
+        if tried_enough or left_s <= 0:
             batch.fail(error if not isinstance(error, TransportError) else Unavailable(str(error)))
         elif isinstance(error, TransportError) and any(r.node_id != batch.node for r in self.up):
             self._route(batch, {batch.node})
@@ -500,7 +503,8 @@ class Session:
 
     def _unknown(self, batch: Batch, error: DHTError) -> None:
         """A write that may or may not have happened."""
-        if self._retry_unknown and self.clock.monotonic() < batch.deadline and batch.attempts < self._retry_count:
+        again = self._retry_unknown or batch.kind is Kind.UPDATE
+        if again and self.clock.monotonic() < batch.deadline and batch.attempts < self._retry_count:
             batch.attempts += 1
             self._route(batch, {batch.node})
         else:
@@ -517,6 +521,9 @@ class Session:
             self._settle(message.id, message.versions, message.errors, message.error)
         elif isinstance(message, DeleteReply):
             self._settle(message.id, message.existed, message.errors, message.error)
+        elif isinstance(message, UpdateReply):
+            errors = [(i, r.error) for i, r in enumerate(message.results) if r.error and from_wire(*r.error).retryable]
+            self._settle(message.id, message.results, errors or None, message.error)
         elif isinstance(message, ScanReply | QueryReply):
             _, future = self._queries.get(message.id, ("", None))
             if future is not None and not future.done():

@@ -28,6 +28,7 @@ import uvloop
 
 from agi.core.dht.client.asynchronous import DHTClient
 from agi.core.dht.client.changes import Progress
+from agi.core.dht.client.conditional import Change
 from agi.core.dht.client.mapping import RAW, Codec, MappingView
 from agi.core.dht.client.members import StatusCallback
 from agi.core.dht.clock import Clock
@@ -248,18 +249,64 @@ class SyncDHTClient:
         ttl_seconds: float | None = None,
         consistency: Consistency | str | None = None,
         timeout: float | None = None,
+        if_version: int | None = None,
+        if_absent: bool = False,
     ) -> int:
         """Stores a value, last writer wins; returns its version. With `ttl_seconds` it expires.
 
-        Raises InvalidKey, InvalidValue, InvalidTTL; Unavailable (nothing written); OutcomeUnknown; ClockSkew.
+        `if_version` and `if_absent` bind it to what is there, as in `DHTClient.put`.
+
+        Raises InvalidKey, InvalidValue, InvalidTTL; VersionConflict; Unavailable (nothing written); OutcomeUnknown;
+        ClockSkew.
         """
         return self._call(
-            self._client.put(key, value, ttl_seconds=ttl_seconds, consistency=consistency, timeout=timeout)
+            self._client.put(
+                key,
+                value,
+                ttl_seconds=ttl_seconds,
+                consistency=consistency,
+                timeout=timeout,
+                if_version=if_version,
+                if_absent=if_absent,
+            )
         )
 
-    def delete(self, key: str, *, consistency: Consistency | str | None = None, timeout: float | None = None) -> bool:
-        """Deletes a key. True if one of the replicas that answered held a live value."""
-        return self._call(self._client.delete(key, consistency=consistency, timeout=timeout))
+    def delete(
+        self,
+        key: str,
+        *,
+        consistency: Consistency | str | None = None,
+        timeout: float | None = None,
+        if_version: int | None = None,
+    ) -> bool:
+        """Deletes a key. True if one of the replicas that answered held a live value. `if_version` as in `put`."""
+        return self._call(self._client.delete(key, consistency=consistency, timeout=timeout, if_version=if_version))
+
+    # --- under consensus (conditional.py)
+
+    def compare_and_set(
+        self,
+        key: str,
+        expected: bytes | None,
+        value: bytes | None,
+        *,
+        ttl_seconds: float | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Stores `value` if the key holds `expected` (None: absent); returns the new version. Raises VersionConflict;
+        else as `DHTClient.compare_and_set`."""
+        return self._call(self._client.compare_and_set(key, expected, value, ttl_seconds=ttl_seconds, timeout=timeout))
+
+    def incr(self, key: str, delta: int = 1, *, ttl_seconds: float | None = None, timeout: float | None = None) -> int:
+        """Adds to a counter; returns what it is then. Raises NotACounter; else as `DHTClient.incr`."""
+        return self._call(self._client.incr(key, delta, ttl_seconds=ttl_seconds, timeout=timeout))
+
+    def update(
+        self, key: str, change: Change, *, ttl_seconds: float | None = None, timeout: float | None = None
+    ) -> bytes | None:
+        """Stores what `change` makes of the value, once nothing has come between, and returns it. `change` runs in the
+        client's own thread, so it must not block. As `DHTClient.update`."""
+        return self._call(self._client.update(key, change, ttl_seconds=ttl_seconds, timeout=timeout))
 
     # --- many keys
 

@@ -45,9 +45,13 @@ class Metrics:
         self.put_latency = Histogram()
         self.delete_latency = Histogram()
         self.scan_latency = Histogram()
+        self.update_latency = Histogram()
         self.hedges = 0
         self.read_repairs = 0
         self.restamps = 0
+        self.updates = 0
+        self.rounds = 0
+        self.rounds_preempted = 0
         self.retries_deduplicated = 0
         self.replica_reads = 0
         self.replica_writes = 0

@@ -15,7 +15,7 @@ end of each sync with `synced` or `failed`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from agi.core.dht.errors import DHTError, Overloaded
@@ -29,10 +29,12 @@ GROUP_BYTES_MAX = 64 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Write these records as one batch, then sync; report with `synced` or `failed`."""
+    """Write these records and promises as one batch, then sync; report with `synced` or `failed`."""
 
     records: dict[bytes, bytes]
     inserts: list[bytes]
+    promises: dict[bytes, bytes] = field(default_factory=dict)
+    """To be read only: groups without promises share one empty dict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +52,19 @@ class Fail(Generic[T]):
     error: DHTError
 
 
+_NO_PROMISES: dict[bytes, bytes] = {}
+"""What every group begins with: writes without promises, which are nearly all, pay for no dict."""
+
 Effect = Commit | Release[T] | Fail[T]
 
 
 class _Group(Generic[T]):
-    __slots__ = ("bytes", "inserts", "records", "replies")
+    __slots__ = ("bytes", "inserts", "promises", "records", "replies")
 
     def __init__(self) -> None:
         self.records: dict[bytes, bytes] = {}
         self.inserts: list[bytes] = []
+        self.promises = _NO_PROMISES
         self.replies: list[T] = []
         self.bytes = 0
 
@@ -77,8 +83,8 @@ class GroupCommit(Generic[T]):
 
     @property
     def idle(self) -> bool:
-        """Nothing is unsynced: every record that a reader can see is durable."""
-        return self._flying is None and not self._open.replies and not self._open.records
+        """Nothing is unsynced: every record that a reader can see, and every promise, is durable."""
+        return self._flying is None and not self._open.replies and not self._open.records and not self._open.promises
 
     def overlay(self, key: bytes) -> bytes | None:
         """The unsynced record of a key, if there is one. Whoever shows it must `park` the reply."""
@@ -92,13 +98,21 @@ class GroupCommit(Generic[T]):
         """Records of the open group: the store does not have them yet."""
         return self._open.records
 
-    def submit(self, records: dict[bytes, bytes], inserts: Sequence[bytes], reply: T) -> Commit | None:
-        """Takes merged records (each newer than what was seen); `reply` leaves after their sync. Raises Overloaded or
-        the store's error, with nothing taken."""
+    def submit(
+        self,
+        records: dict[bytes, bytes],
+        inserts: Sequence[bytes],
+        reply: T,
+        promises: dict[bytes, bytes] | None = None,
+    ) -> Commit | None:
+        """Takes merged records (each newer than what was seen), and promises (b"" removes one), of which the last of a
+        key counts; `reply` leaves after their sync. Raises Overloaded or the store's error, with nothing taken."""
         if self.error is not None:
             raise self.error
         group = self._open
         size = sum(map(len, records.values())) + HEADER * len(records)
+        if promises:
+            size += sum(len(key) + len(promise) for key, promise in promises.items()) + HEADER * len(promises)
         if group.bytes and group.bytes + size > GROUP_BYTES_MAX:
             raise Overloaded(f"{group.bytes} bytes wait for the disk already")
         if group.records:
@@ -106,16 +120,21 @@ class GroupCommit(Generic[T]):
         else:
             group.records = records
         group.inserts += inserts
+        if promises:
+            if group.promises:
+                group.promises.update(promises)
+            else:
+                group.promises = dict(promises)
         group.bytes += size
         group.replies.append(reply)
         self.writes += len(records)
         return self._take_off() if self._flying is None else None
 
     def park(self, reply: T) -> None:
-        """Holds a reply that tells of unsynced records until all that are unsynced now are synced."""
+        """Holds a reply that tells of unsynced records or promises until all that are unsynced now are synced."""
         if self.error is not None:
             raise self.error
-        if self._flying is not None and not self._open.records:
+        if self._flying is not None and not self._open.records and not self._open.promises:
             self._flying.replies.append(reply)
         else:
             self._open.replies.append(reply)
@@ -125,7 +144,7 @@ class GroupCommit(Generic[T]):
         landed, self._flying = self._flying, None
         assert landed is not None
         effects: list[Effect[T]] = [Release(landed.replies)]
-        if self._open.records:
+        if self._open.replies:  # whoever submitted to it waits: with records, with promises, even with neither
             effects.append(self._take_off())
         return effects
 
@@ -142,4 +161,4 @@ class GroupCommit(Generic[T]):
     def _take_off(self) -> Commit:
         self._flying, self._open = self._open, _Group()
         self.groups += 1
-        return Commit(self._flying.records, self._flying.inserts)
+        return Commit(self._flying.records, self._flying.inserts, self._flying.promises)

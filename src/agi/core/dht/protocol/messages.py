@@ -168,6 +168,46 @@ class ScanReply(Message):
     error: WireError | None = None
 
 
+class Op(msgspec.Struct, array_like=True, gc=False):
+    """An operation on one key under consensus (protocol/consensus.py has the kinds and conditions). `name` is its own
+    for ever, also where it is tried again: 16 random bytes. `retry`: it may have been tried before."""
+
+    name: bytes
+    key: bytes
+    kind: int
+    condition: int = 0
+    value: bytes = b""
+    version: int = 0
+    expected: bytes | None = None
+    ttl_ms: int = 0
+    delta: int = 0
+    retry: bool = False
+
+
+class OpResult(msgspec.Struct, array_like=True, gc=False):
+    """What came of it. `version`: that it made or met, 0 for an absent key; `number`: a counter, or 1 where something
+    was deleted; `record`: what it looked at, packed as a plain record."""
+
+    version: int = 0
+    number: int = 0
+    record: bytes | None = None
+    error: WireError | None = None
+
+
+class Update(Message):
+    """Operations under consensus, each on a key of its own or one after the other on the same."""
+
+    id: int
+    timeout_ms: int
+    ops: list[Op]
+
+
+class UpdateReply(Message):
+    id: int
+    results: list[OpResult]
+    error: WireError | None = None
+
+
 class Query(Message):
     """Rare questions: `what` is "topology", "history", "status", "stats", "locate" (with a key), "repair" (`key`:
     empty, or first and last token), "repair_state" or "change" (`key`: a packed changes.Order)."""
@@ -228,6 +268,43 @@ class ReplicaWriteReply(Message):
     error: WireError | None = None
     now_ms: int = 0
     """As in Hello: a coordinator whose clock runs ahead of its replicas notices before it stores anything."""
+
+
+class RegisterPrepare(Message):
+    """Will you take part in these rounds? Each key once; ballots as in protocol/consensus.py."""
+
+    id: int
+    epoch: int
+    trace: str
+    keys: list[bytes]
+    ballots: list[bytes]
+
+
+class RegisterPromises(Message):
+    """`refusals` lists (index, the promise to get past); the others are promised, durably. `records` are held."""
+
+    id: int
+    records: list[bytes | None]
+    refusals: list[tuple[int, bytes]] | None = None
+    error: WireError | None = None
+
+
+class RegisterAccept(Message):
+    """Accept these records of registers."""
+
+    id: int
+    epoch: int
+    trace: str
+    keys: list[bytes]
+    records: list[bytes]
+
+
+class RegisterAccepted(Message):
+    """`refusals` lists (index, the promise to get past); the others are accepted, durably."""
+
+    id: int
+    refusals: list[tuple[int, bytes]] | None = None
+    error: WireError | None = None
 
 
 class ReplicaScan(Message):
@@ -555,12 +632,18 @@ KINDS: dict[int, type[Message]] = {
     17: ScanReply,
     18: Query,
     19: QueryReply,
+    20: Update,
+    21: UpdateReply,
     30: ReplicaRead,
     31: ReplicaReadReply,
     32: ReplicaWrite,
     33: ReplicaWriteReply,
     34: ReplicaScan,
     35: ReplicaScanReply,
+    36: RegisterPrepare,
+    37: RegisterPromises,
+    38: RegisterAccept,
+    39: RegisterAccepted,
     40: Probe,
     41: ProbeAck,
     42: IndirectProbe,

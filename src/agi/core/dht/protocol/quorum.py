@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from agi.core.dht.errors import ClockSkew, DHTError, OutcomeUnknown, Unavailable
+from agi.core.dht.protocol.consensus import is_register
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +227,7 @@ class ReadQuorum:
         "_holders",
         "_records",
         "_repairing",
+        "contested",
         "failures",
         "needed",
         "reason",
@@ -241,6 +243,8 @@ class ReadQuorum:
         self.replies: list[tuple[str, list[bytes | None]]] = []
         self.failures = 0
         self.reason: DHTError | None = None
+        self.contested: set[int] = set()
+        """Keys under consensus of which replicas show different ballots: a round has to tell (R9)."""
         self._repairing = False
         self._records: list[bytes | None] = []
         self._holders: dict[int, set[str]] = {}
@@ -269,8 +273,13 @@ class ReadQuorum:
         stale = []
         for replica, records in replies:
             behind = [i for i, record in enumerate(records) if record != newest[i]]
+            if behind and (registers := [i for i in behind if is_register(newest[i])]):
+                self.contested.update(registers)
+                behind = [i for i in behind if i not in self.contested]
             if behind:
                 stale.append((replica, behind))
+        if not stale:
+            return Agreed(newest)
         for index in {i for _, behind in stale for i in behind}:
             holders = {replica for replica, records in replies if records[index] == newest[index]}
             if not self._enough(holders):

@@ -4,7 +4,8 @@ Layout (big-endian, 40 bytes of header, then the value):
 
     0   8  hlc        48 bits of milliseconds, 16 of counter
     8   8  writer     32-bit hash of the node id, 32-bit boot counter
-    16  1  flags      0x80 shrunk (an expired record without its value), 0x02 expires, 0x01 tombstone; 0: live for ever
+    16  1  flags      0x80 shrunk (an expired record without its value), 0x02 expires, 0x01 tombstone; 0: live for ever;
+                      0x04 register (protocol/consensus.py), 0x40 on the wire only: not voted for by who shows it
     17  7  created    milliseconds since 1970 when the key came into being
     24  8  checksum   xxh3-64 of the rest, seeded with the hash of (header so far, key)
     32  8  expires    milliseconds since 1970, 0 for never
@@ -12,6 +13,9 @@ Layout (big-endian, 40 bytes of header, then the value):
 The fields are ordered so that comparing two records of a key as bytes is the version order of PROTOCOLS V1 (HLC, then
 writer with its boot counter, then content): merging is `max()`, commutative, associative and idempotent. A record
 that expired compares below its own shrunk form, so shrinking is a merge too.
+
+A key under consensus has a register record: the first 16 bytes are its ballot, whose highest bit is set. So it compares
+above every plain record, and registers compare by ballot (R2), in merges and hash trees as well.
 
 >>> a, b = pack(b"k", b"old", hlc=1 << 16, writer=7), pack(b"k", b"new", hlc=2 << 16, writer=3)
 >>> max(a, b)[HEADER:]
@@ -32,6 +36,10 @@ FLAGS = 16
 TOMBSTONE = 0x01
 EXPIRES = 0x02
 SHRUNK = 0x80
+REGISTER = 0x04
+UNVOTED = 0x40
+REGISTERED = 1 << 63
+"""What `hlc_of` a register record has at least: no version."""
 
 _HEAD = struct.Struct(">QQQ")
 _HLC = struct.Struct(">Q")
@@ -80,6 +88,7 @@ def verify(key: bytes, record: bytes) -> bytes:
 
 
 def hlc_of(record: bytes) -> int:
+    """The version of a plain record; of a register record the ballot's half, above REGISTERED."""
     return int.from_bytes(record[:8], "big")
 
 

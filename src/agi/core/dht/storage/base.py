@@ -40,12 +40,14 @@ class Batch:
     Attributes:
         records: key -> packed record.
         inserts: those of the keys that the store did not hold before (they enter the key index; the others are there).
-        purges: keys to remove altogether, header included.
+        purges: keys to remove altogether, header included. Their promises stay.
+        promises: key -> packed promise of PROMISE_BYTES; b"" removes it. They need no record of their key.
     """
 
     records: dict[bytes, bytes] = field(default_factory=dict)
     inserts: list[bytes] = field(default_factory=list)
     purges: list[bytes] = field(default_factory=list)
+    promises: dict[bytes, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,19 @@ class HintPage:
     next: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class PromisePage:
+    """Some of a store's promises, in any order, one perhaps on two pages; a page may be empty before the last.
+
+    Attributes:
+        items: (key, promise).
+        next: where the next page begins; empty where nothing is left.
+    """
+
+    items: list[tuple[bytes, bytes]]
+    next: bytes
+
+
 SyncDone = Callable[[Exception | None], None]
 
 
@@ -101,6 +116,13 @@ class StorageBackend(abc.ABC):
     """Whether a write counts as durable only after `sync` (wal_sync: group)."""
     persistent: bool = True
     """False for a store that forgets at exit: it takes a new disk id at every start."""
+    voting_refusal: str = "this kind of store keeps no promises"
+    """Why the node may not vote with what this store keeps; empty where it may. Known once the store is open."""
+
+    @property
+    def can_sync(self) -> bool:
+        """Whether `sync` may be used, though plain writes may not wait for it."""
+        return self.group_sync
 
     @abc.abstractmethod
     async def open(self) -> None:
@@ -162,6 +184,13 @@ class StorageBackend(abc.ABC):
         """About `limit` of the hints; `start` is empty for the first page, then what the page before says. None may be
         saved meanwhile. Raises StorageCorrupt where the space as a whole cannot be read."""
 
+    # Promises: what a key's acceptor may not accept any more. A space of its own beside the records.
+
+    async def load_promises(self, start: bytes, limit: int) -> PromisePage:
+        """About `limit` of the promises; `start` is empty for the first page, then what the page before says. None may
+        be written meanwhile. Raises StorageCorrupt for any that is damaged: a promise that is forgotten is broken."""
+        raise NotImplementedError(f"{self.name} keeps no promises")
+
     # The hot path of local stores.
 
     def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
@@ -179,6 +208,7 @@ class StorageBackend(abc.ABC):
         raise NotImplementedError(f"{self.name} is not a local store")
 
     def sync(self, done: SyncDone) -> None:
-        """Brings all that was written to the disk, in a thread; calls `done(error)` in the event loop afterwards.
-        One sync at a time. After an error the store is unusable (PROTOCOLS D2)."""
+        """Brings all that was written to the disk, in a thread, whatever `wal_sync` says; calls `done(error)` in the
+        event loop afterwards. Several may be under way, the store's own among them: they end in their order. After an
+        error the store is unusable (PROTOCOLS D2)."""
         raise NotImplementedError(f"{self.name} is not a local store")

@@ -29,7 +29,8 @@ from sortedcontainers import SortedList
 from agi.core.dht.errors import StorageClosed
 from agi.core.dht.protocol.hints import Hint
 from agi.core.dht.protocol.record import FLAGS, SHRUNK
-from agi.core.dht.storage.base import Batch, Count, HintPage, Page, StorageBackend, StoreStats
+from agi.core.dht.storage.base import Batch, Count, HintPage, Page, PromisePage, StorageBackend, StoreStats
+from agi.core.dht.storage.promises import check_promises
 
 BUCKET_BITS = 14
 SLICE_KEYS_MAX = 512
@@ -57,6 +58,7 @@ class MemoryStore(StorageBackend):
     local = True
     group_sync = False
     persistent = False
+    voting_refusal = ""  # what it forgets, it forgets under a disk id that never comes back
 
     def __init__(self, token_of: Callable[[bytes], bytes]) -> None:
         self._token_of = token_of
@@ -68,6 +70,7 @@ class MemoryStore(StorageBackend):
         self._get: Callable[[bytes], bytes | None] = _closed
         self._meta: dict[str, bytes] = {}
         self._hints: dict[bytes, Hint] = {}
+        self._promises: dict[bytes, bytes] = {}
         self._backlog: list[bytes] = []
         self._stale: set[bytes] = set()  # purged while in the backlog
         self._by_key: Any = SortedList()
@@ -100,6 +103,8 @@ class MemoryStore(StorageBackend):
         if not self._open:
             _closed(b"")
         records = batch.records
+        if batch.promises:
+            self._promise(batch.promises)
         self._records.update(records)
         if batch.inserts:
             if self._stale:
@@ -112,6 +117,14 @@ class MemoryStore(StorageBackend):
             self._expect(expiring)
         if batch.purges:
             self._purge(batch.purges)
+
+    def _promise(self, promises: dict[bytes, bytes]) -> None:
+        check_promises(promises.values())
+        for key, promise in promises.items():
+            if promise:
+                self._promises[key] = promise
+            else:
+                self._promises.pop(key, None)
 
     def _expect(self, keys: list[bytes]) -> None:
         for key in keys:
@@ -267,3 +280,7 @@ class MemoryStore(StorageBackend):
     async def load_hints(self, start: bytes, limit: int) -> HintPage:
         self._check_open()
         return HintPage(list(self._hints.values()), [], b"")
+
+    async def load_promises(self, start: bytes, limit: int) -> PromisePage:
+        self._check_open()
+        return PromisePage(list(self._promises.items()), b"")

@@ -7,6 +7,7 @@ All of a node's data is under its prefix, so that nodes can share a server:
     {prefix}:tokens    sorted set   token (8 bytes) || key    scans by ring position
     {prefix}:expiry    sorted set   expires_ms (8) || key     records with a TTL; stale entries are dropped when met
     {prefix}:hints     hash         target tag || key -> packed hint
+    {prefix}:promises  hash         key -> xxh3 || promise    storage/promises.py; written by consensus only
     {prefix}:meta      hash         name -> value             and the run id of the server that the data was written on
 
 The sets have one score, so Redis orders them by their bytes. A batch is one MULTI/EXEC.
@@ -17,6 +18,9 @@ forgot some must not count as one that knows (PROTOCOLS I1). So the store rememb
 connection compares it, and after a restart that may have lost writes all calls fail, and `open` too, until the prefix
 is cleared and the node joins anew. Where the server came back empty, opening the store again is enough: the node's
 identity went with its data.
+
+A promise may not be forgotten at all, not even by a machine without power, so a node votes only where the server syncs
+every write before it answers and throws nothing away by itself; `voting_refusal` says what is amiss.
 """
 
 from __future__ import annotations
@@ -29,10 +33,12 @@ from typing import TYPE_CHECKING, Any, cast
 from agi.core.dht.errors import ConfigError, StorageClosed, StorageCorrupt, StorageError, StorageFull
 from agi.core.dht.protocol.hints import Hint, pack_hint, unpack_hint
 from agi.core.dht.protocol.record import FLAGS, SHRUNK, verify
-from agi.core.dht.storage.base import Batch, Count, HintPage, Page, StorageBackend, StoreStats
+from agi.core.dht.storage.base import Batch, Count, HintPage, Page, PromisePage, StorageBackend, StoreStats
+from agi.core.dht.storage.promises import check_promises, pack_promise, unpack_promise
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
+    from redis.asyncio.client import Pipeline
 
 CHUNK_KEYS_FIRST, CHUNK_KEYS_MAX = 16, 512
 CHUNK_BYTES = 1024 * 1024
@@ -43,6 +49,20 @@ CONNECT_TIMEOUT_S = 3.0
 _NO_EXPIRY = bytes(8)
 _RUN_ID = "run_id"
 _NAMED = "named:"
+_UNKNOWN = "the settings of the Redis server are not known yet"
+
+
+def _voting_refusal(settings: dict[str, str]) -> str:
+    """What in the server's settings lets it lose a promise that it has acknowledged; empty where nothing does."""
+    for name, value in (("appendonly", "yes"), ("appendfsync", "always")):
+        if settings.get(name) != value:
+            return f"the Redis server runs with `{name} {settings.get(name)}`, not `{name} {value}`"
+    if settings.get("no-appendfsync-on-rewrite") == "yes":
+        return "the Redis server runs with `no-appendfsync-on-rewrite yes`: it does not sync while it rewrites its log"
+    policy = settings.get("maxmemory-policy", "")
+    if policy.startswith("allkeys-"):
+        return f"the Redis server runs with `maxmemory-policy {policy}`: it may throw promises away"
+    return ""
 
 
 def _storage_error(error: BaseException, doing: str) -> StorageError:
@@ -87,9 +107,10 @@ class RedisStore(StorageBackend):
         self._token_of = token_of
         self._connections_max = connections_max
         self._timeout_s = timeout_s
-        self._records, self._keys, self._tokens, self._expiry, self._meta, self._hints = (
-            f"{prefix}:{part}" for part in ("records", "keys", "tokens", "expiry", "meta", "hints")
+        self._records, self._keys, self._tokens, self._expiry, self._meta, self._hints, self._promises = (
+            f"{prefix}:{part}" for part in ("records", "keys", "tokens", "expiry", "meta", "hints", "promises")
         )
+        self.voting_refusal = _UNKNOWN
         self._client: Redis | None = None
         self._lost = False
         self._run_id: bytes | None = None
@@ -116,13 +137,13 @@ class RedisStore(StorageBackend):
             )
         except ValueError as error:
             raise ConfigError(f"not the URL of a Redis server: {error}") from None  # the URL may hold a password
-        self._run_id, self._lost = None, False
+        self._run_id, self._lost, self.voting_refusal = None, False, _UNKNOWN
         self._client = client = Redis.from_pool(pool)
         try:
             async with self._call("cannot open the Redis store"):
                 run_id = (await client.info("server"))["run_id"].encode()
                 stored = await client.hget(self._meta, _RUN_ID)
-                if not await self._restarts_lose_nothing(client):
+                if not await self._learn_settings(client):
                     if stored not in (None, run_id):
                         raise self._restarted()
                     self._run_id = run_id
@@ -131,16 +152,20 @@ class RedisStore(StorageBackend):
             await self.close()
             raise
 
-    @staticmethod
-    async def _restarts_lose_nothing(client: Redis) -> bool:
+    async def _learn_settings(self, client: Redis) -> bool:
+        """Whether the server's restarts lose nothing; what keeps it from voting is in `voting_refusal` then."""
         from redis.exceptions import ResponseError
 
+        settings: dict[str, str] = {}
         try:
-            config = await client.config_get("appendonly", "appendfsync")
-        except ResponseError:
-            return False  # a managed server that does not tell
-        plain = {_text(name): _text(value) for name, value in config.items()}
-        return plain.get("appendonly") == "yes" and plain.get("appendfsync") == "always"
+            for pattern in ("*append*", "maxmemory-policy"):  # one at a time: before Redis 7 there was no more
+                found = await client.config_get(pattern)
+                settings |= {_text(name): _text(value) for name, value in found.items()}
+        except ResponseError as error:  # a managed server
+            self.voting_refusal = f"the Redis server does not tell how it stores what it acknowledges: {error}"
+            return False
+        self.voting_refusal = _voting_refusal(settings)
+        return settings.get("appendonly") == "yes" and settings.get("appendfsync") == "always"
 
     def _restarted(self) -> StorageError:
         return StorageError(
@@ -205,6 +230,7 @@ class RedisStore(StorageBackend):
 
     async def apply(self, batch: Batch) -> None:
         token_of = self._token_of
+        check_promises(batch.promises.values())
         async with self._call("a write failed") as client, client.pipeline(transaction=True) as writes:
             if batch.records:
                 writes.hset(self._records, items=[part for item in batch.records.items() for part in item])
@@ -222,8 +248,18 @@ class RedisStore(StorageBackend):
                 writes.hdel(self._records, *batch.purges)
                 writes.zrem(self._keys, *batch.purges)
                 writes.zrem(self._tokens, *(token_of(key) + key for key in batch.purges))
+            if batch.promises:
+                self._promise(writes, batch.promises)
             if len(writes):
                 await writes.execute()
+
+    def _promise(self, writes: Pipeline, promises: dict[bytes, bytes]) -> None:
+        kept = [part for key, promise in promises.items() if promise for part in (key, pack_promise(key, promise))]
+        gone = [key for key, promise in promises.items() if not promise]
+        if kept:
+            writes.hset(self._promises, items=kept)
+        if gone:
+            writes.hdel(self._promises, *gone)
 
     async def _members(self, index: str, low: bytes, high: bytes, count: int) -> list[bytes]:
         async with self._call("a scan failed") as client:
@@ -296,7 +332,15 @@ class RedisStore(StorageBackend):
         """`bytes` is Redis's estimate of what this node's keys take in the server's memory."""
         async with self._call("stats failed") as client:
             records: int = await client.hlen(self._records)
-            parts = (self._records, self._keys, self._tokens, self._expiry, self._meta, self._hints)
+            parts = (
+                self._records,
+                self._keys,
+                self._tokens,
+                self._expiry,
+                self._meta,
+                self._hints,
+                self._promises,
+            )
             size = sum([await client.memory_usage(part) or 0 for part in parts])
             memory = await client.info("memory")
         engine = {"server_bytes": int(memory["used_memory"]), "server_bytes_max": int(memory.get("maxmemory", 0))}
@@ -331,6 +375,13 @@ class RedisStore(StorageBackend):
             except StorageCorrupt:
                 damaged.append(name)
         return HintPage(hints, damaged, b"%d" % cursor if cursor else b"")
+
+    async def load_promises(self, start: bytes, limit: int) -> PromisePage:
+        async with self._call("a read of promises failed") as client:
+            answer = await client.hscan(self._promises, int(start or b"0"), count=limit)
+        cursor, found = cast(tuple[int, dict[bytes, bytes]], answer)
+        items = [(key, unpack_promise(key, packed)) for key, packed in found.items()]
+        return PromisePage(items, b"%d" % cursor if cursor else b"")
 
 
 def _text(value: object) -> str:

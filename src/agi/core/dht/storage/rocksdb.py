@@ -26,11 +26,22 @@ from pathlib import Path
 import xxhash
 from rocksdict import Checkpoint, WriteBatch
 
-from agi.core.dht.errors import StorageClosed, StorageCorrupt, StorageError, StorageFull
+from agi.core.dht.errors import Overloaded, StorageClosed, StorageCorrupt, StorageError, StorageFull
 from agi.core.dht.protocol.hints import Hint, pack_hint, unpack_hint
 from agi.core.dht.protocol.record import FLAGS, SHRUNK, verify
 from agi.core.dht.storage import wal_files
-from agi.core.dht.storage.base import Batch, Count, HintPage, Page, StorageBackend, StoreStats, SyncDone, WalSync
+from agi.core.dht.storage.base import (
+    Batch,
+    Count,
+    HintPage,
+    Page,
+    PromisePage,
+    StorageBackend,
+    StoreStats,
+    SyncDone,
+    WalSync,
+)
+from agi.core.dht.storage.promises import check_promises, pack_promise, unpack_promise
 from agi.core.dht.storage.record_cache import RecordCache
 from agi.core.dht.storage.rocksdb_engine import MIB, Engine, as_storage_error
 from agi.core.dht.storage.rocksdb_scan import CHUNK_ITEMS_MAX, Scanner, walk
@@ -63,6 +74,7 @@ class RocksStore(StorageBackend):
     name = "rocksdb"
     local = True
     persistent = True
+    voting_refusal = ""  # `sync` brings promises to the disk, whatever wal_sync says
 
     def __init__(
         self,
@@ -98,6 +110,10 @@ class RocksStore(StorageBackend):
         self._recount_failed = False
         self._expiry_floor = b""  # no expiry entry lies below
         self._checkpoint_lock = asyncio.Lock()
+
+    @property
+    def can_sync(self) -> bool:
+        return True
 
     # --- opening and closing
 
@@ -218,6 +234,8 @@ class RocksStore(StorageBackend):
         for key in batch.inserts:
             put(key, b"", engine.keys_handle)
         purged = self._purge(engine, writes, batch.purges) if batch.purges else ()
+        if batch.promises:
+            self._promise(engine, writes, batch.promises)
         try:
             engine.db.write(writes)
         except Exception as error:
@@ -242,6 +260,15 @@ class RocksStore(StorageBackend):
             writes.delete(self._token_of(key) + key)
             writes.delete(key, engine.keys_handle)
         return there
+
+    @staticmethod
+    def _promise(engine: Engine, writes: WriteBatch, promises: dict[bytes, bytes]) -> None:
+        check_promises(promises.values())
+        for key, promise in promises.items():
+            if promise:
+                writes.put(key, pack_promise(key, promise), engine.promises_handle)
+            else:
+                writes.delete(key, engine.promises_handle)
 
     def _write_failed(self, error: BaseException) -> StorageError:
         failure = as_storage_error(error, "a write failed")
@@ -286,6 +313,7 @@ class RocksStore(StorageBackend):
         if self._thread is None:
             raise StorageClosed("the store is not open")
         self._thread.submit(partial(self._flush_wal, self._open_engine()), done)
+        self._dirty = False  # the thread works in order: whatever waits in it, this covers all that is written now
 
     def _flush_wal(self, engine: Engine) -> None:
         """In the sync thread. A failure is final: what was written before it may or may not be on the disk."""
@@ -313,8 +341,10 @@ class RocksStore(StorageBackend):
         if self._thread is None or self._engine is None or not self._dirty:
             self._interval_synced(None)
             return
-        self._dirty = False
-        self._submit_sync(self._interval_synced)
+        try:
+            self._submit_sync(self._interval_synced)
+        except Overloaded:
+            self._interval_synced(None)  # too many wait: again at the next turn
 
     def _interval_synced(self, error: Exception | None) -> None:
         # After an error `_flush_wal` has made every later write fail; there is nothing left to sync.
@@ -464,6 +494,14 @@ class RocksStore(StorageBackend):
             except StorageCorrupt:
                 damaged.append(name)
         return HintPage(hints, damaged, b"")
+
+    async def load_promises(self, start: bytes, limit: int) -> PromisePage:
+        items: list[tuple[bytes, bytes]] = []
+        for key, packed in walk(self._open_engine().promises, start):
+            if len(items) >= limit:
+                return PromisePage(items, key)
+            items.append((key, unpack_promise(key, packed)))
+        return PromisePage(items, b"")
 
     async def checkpoint(self, path: str | os.PathLike[str]) -> None:
         """A consistent copy of the open store in a new folder, its files hard links where that can be.

@@ -1,10 +1,13 @@
-"""How this project opens RocksDB: five column families, memory within a budget, and typed errors.
+"""How this project opens RocksDB: six column families, memory within a budget, and typed errors.
 
     default   token (8 bytes) || key   ->  record        sequential by ring position
     keys      key                      ->  empty         written on insert and purge only: ordered scans
     expiry    expires_ms (8) || key    ->  empty         records with a TTL only; stale entries are dropped when met
     meta      name                     ->  xxh3 || value
-    hints     target tag || key        ->  packed hint   protocol/hints.py; a folder made before it had none gets it
+    hints     target tag || key        ->  packed hint   protocol/hints.py
+    promises  key                      ->  xxh3 || 16 B  storage/promises.py; written by consensus only
+
+A folder made before it had one of them gets it.
 
 One write-ahead log covers all of them, so a batch is whole or absent.
 
@@ -39,7 +42,7 @@ BLOOM_BITS_PER_KEY = 10
 SLOWDOWN_FILES, STOP_FILES = 32, 48
 """Level 0 files at which RocksDB delays and then blocks writers, and with them the event loop."""
 
-KEYS, EXPIRY, META, HINTS = "keys", "expiry", "meta", "hints"
+KEYS, EXPIRY, META, HINTS, PROMISES = "keys", "expiry", "meta", "hints", "promises"
 
 _FULL = ("No space left", "Disk quota exceeded", "NoSpace", "SpaceLimit")
 _UNUSABLE = ("lock hold", "While lock file", "Permission denied", "Read-only file system", "Not a directory")
@@ -135,24 +138,29 @@ class Engine:
                 EXPIRY: _family(cache, SMALL_BUFFER_BYTES),
                 META: _family(cache, SMALL_BUFFER_BYTES),
                 HINTS: _family(cache, HINTS_BUFFER_BYTES),
+                PROMISES: _family(cache, SMALL_BUFFER_BYTES),
             }
             self.db = Rdict(str(folder), _options(cache), column_families=families)
             try:
-                self.keys, self.expiry, self.meta, self.hints = map(self.db.get_column_family, families)
+                found = map(self.db.get_column_family, families)
+                self.keys, self.expiry, self.meta, self.hints, self.promises = found
                 handles = map(self.db.get_column_family_handle, families)
-                self.keys_handle, self.expiry_handle, self.meta_handle, self.hints_handle = handles
+                self.keys_handle, self.expiry_handle, self.meta_handle, self.hints_handle, self.promises_handle = (
+                    handles
+                )
             except Exception:
                 self.db.close()
                 raise
         except Exception as error:
             raise as_storage_error(error, f"cannot open {folder}", opening=True) from error
         self.cache = cache
+        self._families = (self.keys, self.expiry, self.meta, self.hints, self.promises, self.db)
 
     def close(self) -> None:
         """Flushes the memtables and lets go of the folder, which is free again even where this raises."""
-        del self.keys_handle, self.expiry_handle, self.meta_handle, self.hints_handle
+        del self.keys_handle, self.expiry_handle, self.meta_handle, self.hints_handle, self.promises_handle
         errors: list[Exception] = []
-        for family in (self.keys, self.expiry, self.meta, self.hints, self.db):
+        for family in self._families:
             try:
                 family.close()
             except rocksdict.DbClosedError:
@@ -164,7 +172,7 @@ class Engine:
 
     def flush(self) -> None:
         """Writes the memtables of all families to files; other threads run meanwhile."""
-        for family in (self.db, self.keys, self.expiry, self.meta, self.hints):
+        for family in self._families:
             family.flush(True)
 
     def close_failed(self) -> None:
@@ -179,7 +187,8 @@ class Engine:
             "memtable_bytes": "rocksdb.cur-size-all-mem-tables",
             "pending_compaction_bytes": "rocksdb.estimate-pending-compaction-bytes",
         }
-        families = (self.db, self.keys, self.expiry, self.meta, self.hints)
-        found = {name: sum(family.property_int_value(key) or 0 for family in families) for name, key in names.items()}
+        found = {
+            name: sum(family.property_int_value(key) or 0 for family in self._families) for name, key in names.items()
+        }
         found["background_errors"] = self.db.property_int_value("rocksdb.background-errors") or 0
         return found

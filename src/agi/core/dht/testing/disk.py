@@ -20,7 +20,7 @@ from agi.core.dht.errors import FolderUnusable, StorageClosed, StorageError, Sto
 from agi.core.dht.protocol.hints import Hint
 from agi.core.dht.protocol.record import FLAGS, SHRUNK, expires_ms_of, verify
 from agi.core.dht.ring import token_bytes
-from agi.core.dht.storage.base import Batch, Count, HintPage, Page, StorageBackend, StoreStats, SyncDone
+from agi.core.dht.storage.base import Batch, Count, HintPage, Page, PromisePage, StorageBackend, StoreStats, SyncDone
 from agi.core.dht.testing.trace import Trace
 
 _TOKEN_MAX = (1 << 64) - 1
@@ -62,13 +62,14 @@ _Entry = Batch | _Meta | _Hints
 class _Image:
     """Records with the orders that scans need, hints, and metadata."""
 
-    __slots__ = ("_token", "expiry", "hints", "keys", "meta", "records", "tokens")
+    __slots__ = ("_token", "expiry", "hints", "keys", "meta", "promises", "records", "tokens")
 
     def __init__(self, token: Callable[[bytes], bytes]) -> None:
         self._token = token
         self.records: dict[bytes, bytes] = {}
         self.meta: dict[str, bytes] = {}
         self.hints: dict[bytes, Hint] = {}
+        self.promises: dict[bytes, bytes] = {}
         self.keys: list[bytes] = []
         self.tokens: list[tuple[bytes, bytes]] = []
         """Sorted (token, key)."""
@@ -94,6 +95,11 @@ class _Image:
             self.records[key] = record
             if _expires(record):
                 insort(self.expiry, (expires_ms_of(record), key))
+        for key, promise in entry.promises.items():
+            if promise:
+                self.promises[key] = promise
+            else:
+                self.promises.pop(key, None)
         for key in entry.purges:
             before = self.records.pop(key, None)
             if before is not None:
@@ -111,7 +117,7 @@ def _size(entry: _Entry) -> int:
         return len(entry.value)
     if isinstance(entry, _Hints):
         return sum(len(hint.record) for hint in entry.hints)
-    return sum(map(len, entry.records.values()))
+    return sum(map(len, entry.records.values())) + sum(map(len, entry.promises.values()))
 
 
 def _expires(record: bytes) -> bool:
@@ -187,7 +193,7 @@ class SimDisk:
         if self._sync_failed:
             self._lose()
         image = _Image(self._token)
-        image.apply(Batch(records=dict(self._synced.records)))
+        image.apply(Batch(records=dict(self._synced.records), promises=dict(self._synced.promises)))
         image.meta.update(self._synced.meta)
         image.hints.update(self._synced.hints)
         for entry in self._tail:
@@ -246,6 +252,7 @@ class SimStore(StorageBackend):
     """A process's store on a SimDisk. After its process has died every call raises StorageClosed."""
 
     name = "simulated"
+    voting_refusal = ""
     local = True
     group_sync = True
     persistent = True
@@ -298,7 +305,7 @@ class SimStore(StorageBackend):
         new = [key for key in batch.records if key not in image.records]
         if sorted(new) != sorted(batch.inserts):
             raise AssertionError(f"a batch names {batch.inserts} as new keys; new are {new}")
-        copy = Batch(dict(batch.records), list(batch.inserts), list(batch.purges))
+        copy = Batch(dict(batch.records), list(batch.inserts), list(batch.purges), dict(batch.promises))
         self._disk.append(copy)
         image.apply(copy)
 
@@ -389,6 +396,9 @@ class SimStore(StorageBackend):
         size = sum(len(key) + len(record) for key, record in records.items())
         engine = {"unsynced": self._disk.unsynced, "syncs": self._disk.syncs, "writes": self._disk.writes}
         return StoreStats(len(records), True, size, engine)
+
+    async def load_promises(self, start: bytes, limit: int) -> PromisePage:
+        return PromisePage(list(self._image().promises.items()), b"")
 
     async def get_meta(self, name: str) -> bytes | None:
         return self._image().meta.get(name)

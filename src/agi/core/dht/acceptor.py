@@ -1,0 +1,152 @@
+"""This node's votes on keys under consensus: promises and acceptances, durable before they are told (PROTOCOLS R1, D1).
+
+protocol/consensus.py judges; the replica stores. What was accepted is the key's record. A promise above it is kept
+beside the record, durably, and in memory while the node runs: there are few, as the round that got it ends with an
+acceptance. Where it does not, since its coordinator is gone, a round of this node's own settles the key (`abandoned`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from agi.core.dht.clock import Clock
+from agi.core.dht.errors import DHTError, NotReady, Overloaded
+from agi.core.dht.protocol.consensus import BALLOT_BYTES, judge_accept, judge_prepare
+from agi.core.dht.protocol.messages import WireError
+from agi.core.dht.replica import Replica
+from agi.core.dht.storage.base import Batch
+
+PROMISES_MAX = 100_000
+"""Promises that may be outstanding; past it new ones are refused with Overloaded."""
+PAGE = 1000
+ABANDONED_S = 2.0
+"""How long a round may take to end with an acceptance before this node ends it itself."""
+
+Refusals: TypeAlias = list[tuple[int, bytes]] | None
+Promised: TypeAlias = Callable[[list[bytes | None], Refusals, WireError | None], None]
+Accepted: TypeAlias = Callable[[Refusals, WireError | None], None]
+
+
+class Acceptor:
+    """The votes of one replica."""
+
+    def __init__(self, replica: Replica, clock: Clock) -> None:
+        self._replica = replica
+        self._clock = clock
+        self._given: dict[bytes, float] = {}  # key -> when its promise was given, in this order
+
+    async def load(self) -> None:
+        """What was promised before the node stopped. Raises StorageError kinds."""
+        if self._replica.store.voting_refusal:
+            return
+        start = b""
+        while True:
+            page = await self._replica.store.load_promises(start, PAGE)
+            self._replica.promises.update(page.items)
+            if not page.next:
+                break
+            start = page.next
+        now = self._clock.monotonic()
+        self._given = dict.fromkeys(self._replica.promises, now)
+
+    @property
+    def promises(self) -> int:
+        """How many are outstanding."""
+        return len(self._replica.promises)
+
+    def prepare(self, keys: list[bytes], ballots: list[bytes], done: Promised) -> None:
+        """Promises these rounds, each key once; `done` hears which not, and what is held."""
+        promises = self._replica.promises
+        held: list[bytes | None] = []
+        refusals: list[tuple[int, bytes]] = []
+
+        def decide(records: list[bytes | None]) -> Batch:
+            held.extend(records)
+            given: dict[bytes, bytes] = {}
+            for index, (key, ballot, record) in enumerate(zip(keys, ballots, records, strict=True)):
+                known = promises.get(key, b"")
+                higher = judge_prepare(ballot, known, record)
+                if higher is not None:
+                    refusals.append((index, higher))
+                elif ballot != known:
+                    given[key] = ballot
+            if len(promises) + len(given) > PROMISES_MAX:
+                raise Overloaded(f"{len(promises)} rounds of consensus are open at this node already")
+            # From here on plain writes are refused; if it cannot be stored, that refuses more than it has to.
+            promises.update(given)
+            self._given.update(dict.fromkeys(given, self._clock.monotonic()))
+            return Batch(promises=given)
+
+        self._decide(keys, decide, lambda error: done([], None, error) if error else done(held, refusals or None, None))
+
+    def accept(self, keys: list[bytes], records: list[bytes], done: Accepted) -> None:
+        """Accepts these records, each key once; `done` hears which not."""
+        promises = self._replica.promises
+        refusals: list[tuple[int, bytes]] = []
+        kept: dict[bytes, bytes] = {}
+
+        def decide(held: list[bytes | None]) -> Batch:
+            batch = Batch()
+            for index, (key, record, known) in enumerate(zip(keys, records, held, strict=True)):
+                promise = promises.get(key, b"")
+                higher = judge_accept(record, promise, known)
+                if higher is not None:
+                    refusals.append((index, higher))
+                    continue
+                if promise:
+                    kept[key] = promise
+                    batch.promises[key] = b""
+                if known is None:
+                    batch.inserts.append(key)
+                elif known[:BALLOT_BYTES] == record[:BALLOT_BYTES]:
+                    continue  # delivered twice
+                batch.records[key] = record
+            return batch
+
+        def decided(error: WireError | None) -> None:
+            if error is None:
+                for key, promise in kept.items():  # not before: had it failed, the promise would stand
+                    if promises.get(key) == promise:
+                        del promises[key]
+                        self._given.pop(key, None)
+            done(refusals or None, error)
+
+        self._decide(keys, decide, decided)
+
+    def _decide(
+        self,
+        keys: list[bytes],
+        decide: Callable[[list[bytes | None]], Batch],
+        done: Callable[[WireError | None], None],
+    ) -> None:
+        refusal = self._replica.store.voting_refusal
+        if refusal:
+            done(NotReady(f"this node takes no part in consensus: {refusal}").to_wire())
+            return
+
+        def decided(error: DHTError | None) -> None:
+            done(None if error is None else error.to_wire())
+
+        self._replica.decide(keys, decide, decided)
+
+    def abandoned(self, limit: int) -> list[bytes]:
+        """Keys whose rounds should have ended; each is named again only after as long."""
+        now = self._clock.monotonic()
+        found: list[bytes] = []
+        for key, given in self._given.items():
+            if given > now - ABANDONED_S or len(found) >= limit:
+                break
+            found.append(key)
+        for key in found:
+            del self._given[key]
+            if key in self._replica.promises:
+                self._given[key] = now
+        return [key for key in found if key in self._given]
+
+
+def is_whole(keys: list[bytes], ballots: list[bytes]) -> bool:
+    """Whether these are keys, each once, and a ballot or record of a register for each."""
+    if not keys or len(keys) != len(ballots) or len(set(keys)) != len(keys) or not all(keys):
+        return False
+    return all(len(b) >= BALLOT_BYTES and b[0] >= 0x80 for b in ballots)

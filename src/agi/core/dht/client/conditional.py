@@ -1,0 +1,129 @@
+"""Calls under consensus: linearizable for each key, whatever fails (PROTOCOLS R1 to R10).
+
+Each operation has a name of its own, so that it is tried again, through another node, until its outcome is known or
+its time is over: it takes effect once. A key on which one of these was called is under consensus from then on, and
+plain puts and deletes of it take the same path.
+"""
+
+from __future__ import annotations
+
+import abc
+import secrets
+from collections.abc import Callable
+
+from agi.core.dht.errors import InvalidRequest, VersionConflict, from_wire
+from agi.core.dht.protocol.consensus import (
+    ADD,
+    ANYHOW,
+    COUNTER_MAX,
+    COUNTER_MIN,
+    IF_ABSENT,
+    IF_EQUALS,
+    IF_VERSION,
+    LOOK,
+    NAME_BYTES,
+    PUT,
+    REMOVE,
+)
+from agi.core.dht.protocol.messages import Op, OpResult
+from agi.core.dht.protocol.record import HEADER, hlc_of
+from agi.core.dht.types import check_value, encode_key, ttl_to_ms
+
+Change = Callable[[bytes | None], bytes | None]
+UPDATE_TRIES_MAX = 1000
+"""How often `update` may be overtaken before it gives up."""
+
+
+class ConditionalCalls(abc.ABC):
+    """What `DHTClient` offers of them."""
+
+    @abc.abstractmethod
+    async def _operate(self, op: Op, timeout: float | None) -> OpResult:
+        """Runs one operation; its error is in the result."""
+
+    async def compare_and_set(
+        self,
+        key: str,
+        expected: bytes | None,
+        value: bytes | None,
+        *,
+        ttl_seconds: float | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Stores `value` if the key holds `expected`; None stands for an absent key, so a `value` of None deletes.
+        Returns the new version.
+
+        Raises VersionConflict with the key's version where it holds something else; InvalidKey, InvalidValue,
+        InvalidTTL; Unavailable (nothing written); OutcomeUnknown.
+        """
+        op = self._op(key, REMOVE if value is None else PUT, ttl_seconds)
+        if value is not None:
+            op.value = check_value(value)
+        op.condition, op.expected = IF_EQUALS, None if expected is None else check_value(expected)
+        return (await self._decided(op, timeout)).version
+
+    async def incr(
+        self, key: str, delta: int = 1, *, ttl_seconds: float | None = None, timeout: float | None = None
+    ) -> int:
+        """Adds to a counter, a decimal number of 64 bits that begins at 0; returns what it is then. Its TTL stays
+        unless one is given.
+
+        Raises NotACounter where the key holds something else or the sum does not fit; else as `compare_and_set`.
+        """
+        if isinstance(delta, bool) or not isinstance(delta, int) or not COUNTER_MIN <= delta <= COUNTER_MAX:
+            raise InvalidRequest(f"a counter changes by a number of 64 bits, not {delta!r}")
+        op = self._op(key, ADD, ttl_seconds)
+        op.delta = delta
+        return (await self._decided(op, timeout)).number
+
+    async def update(
+        self, key: str, change: Change, *, ttl_seconds: float | None = None, timeout: float | None = None
+    ) -> bytes | None:
+        """Stores what `change` makes of the key's value (None: absent, and deletes), once nothing has come between;
+        returns it. `change` is called anew each time that something has, so it must have no other effects.
+
+        Raises what `change` raises; else as `compare_and_set`.
+        """
+        for _ in range(UPDATE_TRIES_MAX):
+            found = await self._decided(self._op(key, LOOK, None), timeout)
+            value = None if found.record is None else found.record[HEADER:]
+            wanted = change(value)
+            if wanted is None and value is None:
+                return None
+            version = 0 if found.record is None else hlc_of(found.record)
+            try:
+                await self._write_over(key, wanted, ttl_seconds, version, timeout)
+            except VersionConflict:
+                continue
+            return wanted
+        raise VersionConflict(f"others were faster {UPDATE_TRIES_MAX} times")
+
+    async def _write_over(
+        self, key: str, value: bytes | None, ttl_seconds: float | None, version: int, timeout: float | None
+    ) -> OpResult:
+        """Writes, or deletes, a key that is at this version; 0 for absent."""
+        op = self._op(key, REMOVE if value is None else PUT, ttl_seconds)
+        if value is not None:
+            op.value = check_value(value)
+        op.condition, op.version = (IF_VERSION, version) if version else (IF_ABSENT, 0)
+        return await self._decided(op, timeout)
+
+    async def _decided(self, op: Op, timeout: float | None) -> OpResult:
+        result = await self._operate(op, timeout)
+        if result.error is not None:
+            error = from_wire(*result.error)
+            if isinstance(error, VersionConflict):
+                error.version = result.version
+            raise error
+        return result
+
+    @staticmethod
+    def _op(key: str, kind: int, ttl_seconds: float | None) -> Op:
+        return Op(secrets.token_bytes(NAME_BYTES), encode_key(key), kind, ANYHOW, ttl_ms=ttl_to_ms(ttl_seconds))
+
+
+def checked_version(version: object) -> int:
+    """A version that a write may be bound to. Raises InvalidRequest."""
+    if isinstance(version, bool) or not isinstance(version, int) or not 0 < version < 1 << 63:
+        raise InvalidRequest(f"a version is a positive number as get_entry and put return it, not {version!r}")
+    return version

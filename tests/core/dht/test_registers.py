@@ -1,0 +1,245 @@
+"""Keys under consensus: conditional calls, counters, plain calls of the same keys, reads, contention and failures."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from cluster import LOST, Cluster, until
+
+from agi.core.dht.errors import (
+    InvalidRequest,
+    InvalidTTL,
+    InvalidValue,
+    NotACounter,
+    OutcomeUnknown,
+    Unavailable,
+    VersionConflict,
+    from_wire,
+)
+from agi.core.dht.protocol.consensus import IF_ABSENT, PUT, is_register
+from agi.core.dht.protocol.messages import (
+    Op,
+    RegisterAccept,
+    RegisterAccepted,
+    RegisterPrepare,
+    RegisterPromises,
+    Update,
+    UpdateReply,
+)
+from agi.core.dht.types import Consistency
+
+
+async def test_a_put_may_be_bound_to_a_version_or_to_absence() -> None:
+    async with Cluster(3) as cluster:
+        client = await cluster.client()
+        first = await client.put("k", b"1", if_absent=True)
+        with pytest.raises(VersionConflict) as exists:
+            await client.put("k", b"2", if_absent=True)
+        assert exists.value.version == first
+        second = await client.put("k", b"2", if_version=first)
+        assert second > first
+        with pytest.raises(VersionConflict) as moved:
+            await client.put("k", b"3", if_version=first)
+        assert moved.value.version == second
+        entry = await client.get_entry("k")
+        assert entry is not None and (entry.value, entry.version) == (b"2", second)
+        with pytest.raises(VersionConflict):
+            await client.delete("k", if_version=first)
+        assert await client.delete("k", if_version=second)
+        assert await client.get("k") is None
+        with pytest.raises(VersionConflict) as absent:
+            await client.put("k", b"4", if_version=second)
+        assert absent.value.version == 0
+        assert await client.put("k", b"5", if_absent=True) > second
+
+
+async def test_compare_and_set_looks_at_the_value() -> None:
+    async with Cluster(3) as cluster:
+        client = await cluster.client()
+        await client.put("k", b"plain")
+        version = await client.compare_and_set("k", b"plain", b"a")
+        with pytest.raises(VersionConflict) as conflict:
+            await client.compare_and_set("k", b"plain", b"b")
+        assert conflict.value.version == version
+        assert await client.get("k") == b"a"
+        await client.compare_and_set("k", b"a", None)
+        assert await client.get("k") is None
+        await client.compare_and_set("k", None, b"c")
+        assert await client.get("k", consistency=Consistency.LINEARIZABLE) == b"c"
+
+
+async def test_counters_of_many_callers_lose_nothing() -> None:
+    async with Cluster(3) as cluster:
+        clients = [await cluster.client(seed) for seed in range(3)]
+        seen = await asyncio.gather(*(client.incr("n") for client in clients for _ in range(20)))
+        assert sorted(seen) == list(range(1, 61))
+        assert await clients[0].incr("n", -70) == -10
+        assert await clients[1].get("n") == b"-10"
+
+
+async def test_update_applies_every_change_once() -> None:
+    async with Cluster(3) as cluster:
+        clients = [await cluster.client(seed) for seed in range(3)]
+
+        async def add(client: object, item: int) -> None:
+            await clients[item % 3].update("set", lambda value: (value or b"") + bytes((item,)))
+
+        await asyncio.gather(*(add(clients[i % 3], i) for i in range(24)))
+        found = await clients[0].get("set")
+        assert found is not None and sorted(found) == list(range(24))
+        assert await clients[0].update("set", lambda value: None) is None
+        assert await clients[0].get("set") is None
+
+
+async def test_plain_calls_of_such_a_key_go_through_consensus() -> None:
+    async with Cluster(3) as cluster:
+        client = await cluster.client()
+        version = await client.put("k", b"1", if_absent=True)
+        after = await client.put("k", b"2")
+        assert after > version and await client.get("k") == b"2"
+        with pytest.raises(VersionConflict):
+            await client.put("k", b"3", if_version=version)
+        assert len(await client.put_many({"k": b"4", "other": b"o"})) == 2
+        assert await client.get_many(["k", "other"]) == {"k": b"4", "other": b"o"}
+        assert await client.delete("k") and not await client.delete("k")
+        assert await client.get("k") is None
+        assert [key async for key in client.iterate_keys()] == ["other"]
+        await client.put("k", b"5")
+        assert [(k, v) async for k, v in client.iterate()] == [("k", b"5"), ("other", b"o")]
+        assert all(is_register(record) for record in cluster.held("k"))
+        assert not any(is_register(record) for record in cluster.held("other"))
+
+
+async def test_a_plain_put_through_a_clock_far_ahead_does_not_beat_consensus() -> None:
+    async with Cluster(3, settings={"dht.versions.max_clock_skew_ms": 600_000}) as cluster:
+        ahead, other = await cluster.client(0), await cluster.client(1)
+        cluster.clocks[0].ahead_ms = 300_000
+        await ahead.put("k", b"far ahead")
+        entry = await other.get_entry("k")
+        assert entry is not None
+        version = await other.put("k", b"mine", if_version=entry.version)
+        assert version > entry.version
+        assert await ahead.get("k") == b"mine"
+        await ahead.put("k", b"plain again")
+        with pytest.raises(VersionConflict):
+            await other.put("k", b"too late", if_version=version)
+        assert await other.get("k") == b"plain again"
+
+
+async def test_one_round_trip_in_the_steady_state() -> None:
+    async with Cluster(3) as cluster:
+        client = await cluster.client()
+        version = await client.put("k", b"0", if_absent=True)
+        prepared: list[object] = []
+        cluster.rule(lambda src, dst, m: prepared.append(m) if isinstance(m, RegisterPrepare) else None)
+        for number in range(20):
+            version = await client.put("k", b"%d" % number, if_version=version)
+        assert not prepared
+
+
+async def test_a_condition_that_fails_is_told_only_once_the_value_is_chosen() -> None:
+    """One replica has accepted a value that nobody chose: it is chosen before it makes a condition fail."""
+    async with Cluster(3) as cluster:
+        client = await cluster.client()
+        end = cluster.rule(lambda src, dst, m: LOST if isinstance(m, RegisterAccept) else None)
+        with pytest.raises(OutcomeUnknown):  # its coordinator alone has it
+            await client.put("k", b"half", if_absent=True, timeout=0.5)
+        end()
+        with pytest.raises(VersionConflict):
+            await client.put("k", b"mine", if_absent=True)
+        assert sum(is_register(record) for record in cluster.held("k")) >= 2
+        assert await client.get("k") == b"half"
+
+
+async def test_a_reply_that_is_lost_does_not_make_an_operation_conflict_with_itself() -> None:
+    async with Cluster(3) as cluster:
+        client = await cluster.client()
+        lost: list[object] = []
+
+        def rule(src: str, dst: str, message: object) -> tuple[float, ...] | None:
+            if isinstance(message, RegisterAccepted) and len(lost) < 2:
+                lost.append(message)
+                return LOST
+            return None
+
+        cluster.rule(rule)
+        await client.put("k", b"1", if_absent=True)
+        assert len(lost) == 2
+        assert await client.incr("n") == 1
+
+
+async def test_the_same_operation_through_two_coordinators_takes_effect_once() -> None:
+    async with Cluster(3) as cluster:
+        client = await cluster.client()
+        end = cluster.rule(lambda src, dst, m: LOST if isinstance(m, UpdateReply) else None)
+        call = asyncio.create_task(client.incr("n", timeout=10))
+        await until(lambda: any(is_register(record) for record in cluster.held("n")))
+        end()
+        for i, node in enumerate(cluster.living()):
+            if node.metrics.updates:
+                await cluster.down(i)
+                break
+        assert await call == 1
+        assert await client.get("n") == b"1"
+
+
+async def test_without_a_quorum_nothing_is_changed_or_the_outcome_is_unknown() -> None:
+    async with Cluster(3) as cluster:
+        client = await cluster.client()
+        end = cluster.rule(lambda src, dst, m: LOST if isinstance(m, RegisterPromises) else None)
+        reply = await (await cluster.wire(0)).ask(Update(0, 400, [Op(bytes(16), b"k", PUT, IF_ABSENT, b"1")]))
+        assert isinstance(from_wire(*reply.results[0].error), Unavailable)
+        end()
+        assert await client.get("k") is None
+
+
+async def test_a_ttl_ends_a_value_once_for_all() -> None:
+    async with Cluster(3) as cluster:
+        client = await cluster.client()
+        await client.put("k", b"1", if_absent=True, ttl_seconds=100)
+        entry = await client.get_entry("k")
+        assert entry is not None and entry.expires_at is not None
+        for clock in cluster.clocks:
+            clock.ahead_ms += 101_000
+        assert await client.get("k") is None
+        for clock in cluster.clocks:
+            clock.ahead_ms -= 101_000
+        assert await client.get("k") is None  # it was decided
+        await client.put("k", b"2", if_absent=True)
+
+
+async def test_an_abandoned_round_does_not_keep_plain_writes_out_for_long() -> None:
+    async with Cluster(3) as cluster:
+        client = await cluster.client()
+        end = cluster.rule(lambda src, dst, m: LOST if isinstance(m, RegisterPromises) else None)
+        reply = await (await cluster.wire(0)).ask(Update(0, 400, [Op(bytes(16), b"k", PUT, IF_ABSENT, b"1")]))
+        assert isinstance(from_wire(*reply.results[0].error), Unavailable)
+        end()
+        await until(lambda: not any(node.acceptor.promises for node in cluster.living()))
+        await client.put("k", b"plain")
+        assert await client.get("k") == b"plain"
+
+
+async def test_bad_input_changes_nothing() -> None:
+    async with Cluster(3) as cluster:
+        client = await cluster.client()
+        await client.put("k", b"word")
+        with pytest.raises(NotACounter):
+            await client.incr("k")
+        await client.put("big", b"%d" % ((1 << 63) - 1))
+        with pytest.raises(NotACounter):
+            await client.incr("big")
+        for version in (0, -1, "1", True, 1.5, 1 << 63):
+            with pytest.raises(InvalidRequest):
+                await client.put("k", b"x", if_version=version)  # type: ignore[arg-type]  # that is the test
+        with pytest.raises(InvalidRequest):
+            await client.put("k", b"x", if_version=1, if_absent=True)
+        for ttl in (-1, 0, float("nan")):
+            with pytest.raises(InvalidTTL):
+                await client.put("k", b"x", if_absent=True, ttl_seconds=ttl)
+        with pytest.raises(InvalidValue):
+            await client.compare_and_set("k", b"word", "text")  # type: ignore[arg-type]  # that is the test
+        with pytest.raises(InvalidRequest):
+            await client.incr("k", 1 << 63)
+        assert await client.get("k") == b"word"
