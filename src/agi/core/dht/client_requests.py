@@ -87,7 +87,7 @@ class ClientRequests:
             return
         if self._debug:
             _log.debug("update", trace=f"{session.name}:{request.id}", ops=len(request.ops))
-        self._node.coordinator.update(request, link.send)
+        self._node.coordinator.update(request, link.send, session.name)
 
     def scan(self, session: Session, link: Link, request: Scan) -> None:
         if self._node.scanner is None or not self._node.serving:

@@ -75,6 +75,7 @@ class Coordinator:
             clock,
             rng,
             lambda key: replica.floors.at(replica.token_of(key)).sealed,
+            dedup_entries,
         )
         self._requests.decide = self.registers.run
         self.peer_lost = self._requests.peer_lost
@@ -111,9 +112,10 @@ class Coordinator:
         """Deletes a batch; `reply` gets one DeleteReply by the deadline."""
         self._writes.start(request, reply, client, trace)
 
-    def update(self, request: Update, reply: ReplyTo) -> None:
-        """Runs operations under consensus; `reply` gets one UpdateReply by the deadline."""
-        self.registers.start(request, reply)
+    def update(self, request: Update, reply: ReplyTo, client: str) -> None:
+        """Runs operations under consensus; `reply` gets one UpdateReply by the deadline. (client, request.id) names the
+        batch."""
+        self.registers.start(request, reply, client)
 
     def replica_read_reply(self, peer: Peer, reply: ReplicaReadReply) -> None:
         group = self._requests.pending.get(reply.id)

@@ -55,6 +55,7 @@ from agi.core.dht.protocol.consensus import (
     register_of,
     state_of,
 )
+from agi.core.dht.protocol.dedup import RequestTable
 from agi.core.dht.protocol.messages import (
     Op,
     OpResult,
@@ -102,6 +103,15 @@ class Waiting:
         self.first = 0
         self.planned = 0
         self.over = False
+
+
+class _UnderWay:
+    """A batch that is not answered yet, and where its answer goes."""
+
+    __slots__ = ("reply",)
+
+    def __init__(self, reply: ReplyTo) -> None:
+        self.reply = reply
 
 
 class _Key:
@@ -160,6 +170,7 @@ class Registers:
     Args:
         proposer: this process, node and boot counter (versioning.writer_id).
         floor: the version below which nothing of a key may be made any more (protocol/floors.py).
+        dedup_entries: operations whose repeated message is recognised.
     """
 
     def __init__(
@@ -171,6 +182,7 @@ class Registers:
         clock: Clock,
         rng: random.Random,
         floor: Callable[[bytes], int],
+        dedup_entries: int,
     ) -> None:
         self.requests = requests
         self._acceptor = acceptor
@@ -183,6 +195,7 @@ class Registers:
         self._chosen: OrderedDict[bytes, bytes] = OrderedDict()
         self._chosen_bytes = 0
         self._ms = 0
+        self._known: RequestTable[_UnderWay | UpdateReply] = RequestTable(dedup_entries)
         self._outbox: dict[tuple[tuple[str, ...], bool], list[tuple[_Key, Round]]] = {}
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[int, Waiting] = {}
@@ -191,19 +204,36 @@ class Registers:
 
     # --- what comes in
 
-    def start(self, request: Update, reply: ReplyTo) -> None:
-        """Runs a batch of operations; `reply` gets one UpdateReply by the deadline."""
+    def start(self, request: Update, reply: ReplyTo, client: str) -> None:
+        """Runs a batch of operations; `reply` gets one UpdateReply by the deadline. The same message once more changes
+        nothing: what failed the first time is not to succeed later."""
         requests = self.requests
+        known = self._known.get(client, request.id)
+        if isinstance(known, UpdateReply):
+            requests.metrics.retries_deduplicated += 1
+            reply(known)
+            return
+        if known is not None:
+            requests.metrics.retries_deduplicated += 1
+            known.reply = reply
+            return
         results: list[OpResult] = [OpResult()] * len(request.ops)
         try:
+            if request.retry:
+                raise OutcomeUnknown(f"{requests.me} no longer knows the first try of these operations")
             if not request.ops:
                 raise InvalidRequest("a batch without operations")
             for op in request.ops:
                 _check(op)
             cost = requests.admit([op.key for op in request.ops], [op.value for op in request.ops])
         except DHTError as error:
-            reply(UpdateReply(request.id, [], refusal(error).to_wire()))
+            answer = UpdateReply(request.id, [], refusal(error).to_wire())
+            if not request.retry:
+                self._known.add(client, request.id, answer, 1)
+            reply(answer)
             return
+        under_way = _UnderWay(reply)
+        self._known.add(client, request.id, under_way, len(request.ops))
         started = self._clock.monotonic()
         left = len(request.ops)
 
@@ -217,8 +247,10 @@ class Registers:
             requests.metrics.updates += len(results)
             requests.metrics.update_latency.observe(self._clock.monotonic() - started, len(results))
             requests.metrics.fail_keys([(i, r.error) for i, r in enumerate(results) if r.error is not None])
+            answer = UpdateReply(request.id, results)
+            self._known.update(client, request.id, answer)
             try:
-                reply(UpdateReply(request.id, results))
+                under_way.reply(answer)
             except (TransportError, Overloaded) as error:
                 _log.info("reply_undeliverable", error=str(error))
 
@@ -281,6 +313,8 @@ class Registers:
         state = state_of(base)
         now_ms = self._clock.wall_ms()
         results: list[OpResult] = []
+        # who was told that nothing happened is left out; a round without any ends what it has been promised
+        key.taken = [waiting for waiting in key.taken if not waiting.over]
         for waiting in key.taken:
             result = outcome(waiting.op, state, waiting.first)
             waiting.planned = 0
@@ -331,7 +365,7 @@ class Registers:
             frame.waiting[me] = None
         frame.id = requests.enter_until(frame, self._clock.monotonic() + ROUND_S)
         keys = [key.key for key, _ in items]
-        trace = items[0][0].taken[0].op.name.hex()
+        trace = next((waiting.op.name.hex() for key, _ in items for waiting in key.taken), "")
         records = [round_.record if accepting else round_.ballot for _, round_ in items]
         message = (RegisterAccept if accepting else RegisterPrepare)(frame.id, requests.epoch, trace, keys, records)
         for key, _ in items if accepting else ():
@@ -513,7 +547,7 @@ class Registers:
 
 
 def _ended(waiting: Waiting, error: DHTError) -> OpResult:
-    if waiting.first:
+    if waiting.first or waiting.op.retry:
         what = f"{error.message}; some replica may have accepted it"
         error = OutcomeUnknown(what, needed=error.needed, answered=error.answered)
     return OpResult(error=error.to_wire())

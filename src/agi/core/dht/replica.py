@@ -110,12 +110,13 @@ class Replica:
 
     # --- reads
 
-    def read(self, keys: list[bytes], done: ReadDone) -> None:
-        """The record of each key, expired ones shrunk. `done` comes at once unless a key is unsynced (D2)."""
+    def read(self, keys: list[bytes], done: ReadDone, *, mark: bool = True) -> None:
+        """The record of each key, expired ones shrunk. `done` comes at once unless a key is unsynced (D2). Registers
+        that this node has promised more for are marked, unless they are to be stored elsewhere."""
         self._metrics.replica_reads += len(keys)
         store = self.store
         if not store.local:
-            self._read_remote(keys, done)
+            self._read_remote(keys, done, mark)
             return
         commit = self._commit
         try:
@@ -126,7 +127,7 @@ class Replica:
             done([], error.to_wire())
             return
         if commit is None or commit.idle:
-            done(self._normal(keys, records), None)
+            done(self._normal(keys, records, mark), None)
             return
         seen = False
         overlay = commit.overlay
@@ -135,7 +136,7 @@ class Replica:
             if record is not None:
                 seen = True
                 records[index] = record
-        records = self._normal(keys, records)
+        records = self._normal(keys, records, mark)
         if not seen:
             done(records, None)
             return
@@ -208,7 +209,9 @@ class Replica:
         except TimeoutError:
             done(Page([], False), StorageError("the store did not answer a scan in time").to_wire())
             return
-        items = [(key, self._shrunk(key, record)) for key, record in page.items]
+        keys = [key for key, _ in page.items]
+        shown = self._normal(keys, [record for _, record in page.items], mark=True)
+        items = [(key, record) for key, record in zip(keys, shown, strict=True) if record is not None]
         page = Page(items, page.complete)
         commit = self._commit
         if commit is None or (commit.idle and commit.error is None):
@@ -219,12 +222,12 @@ class Replica:
         except DHTError as error:
             done(Page([], False), error.to_wire())
 
-    def _normal(self, keys: list[bytes], records: list[bytes | None]) -> list[bytes | None]:
+    def _normal(self, keys: list[bytes], records: list[bytes | None], mark: bool) -> list[bytes | None]:
         """Expired records in their shrunk form, as every replica shows them once the skew has passed (V4)."""
         for index, record in enumerate(records):
             if record is not None and record[FLAGS] == EXPIRES:
                 records[index] = self._shrunk(keys[index], record)
-        if self.promises:
+        if mark and self.promises:
             for index, key in enumerate(keys):
                 record = records[index]
                 if is_register(record) and round_of(record) < self.promises.get(key, b""):
@@ -541,13 +544,13 @@ class Replica:
             _log.critical("replica_task_failed", error=repr(error))
             self.on_store_failed(StorageError(f"the store's worker ended: {error!r}"))
 
-    def _read_remote(self, keys: list[bytes], done: ReadDone) -> None:
+    def _read_remote(self, keys: list[bytes], done: ReadDone, mark: bool) -> None:
         if len(self._tasks) > REMOTE_READS_MAX:
             done([], Overloaded(f"{len(self._tasks)} reads wait for the store already").to_wire())
             return
-        self._spawn(self._read_remote_task(keys, done))
+        self._spawn(self._read_remote_task(keys, done, mark))
 
-    async def _read_remote_task(self, keys: list[bytes], done: ReadDone) -> None:
+    async def _read_remote_task(self, keys: list[bytes], done: ReadDone, mark: bool) -> None:
         try:
             async with asyncio.timeout(STORE_TIMEOUT_S):
                 records = await self.store.get_many(keys)
@@ -556,7 +559,7 @@ class Replica:
         except TimeoutError:
             done([], StorageError("the store did not answer in time").to_wire())
         else:
-            done(self._normal(keys, records), None)
+            done(self._normal(keys, records, mark), None)
 
     def _write_remote(
         self, mode: int, keys: list[bytes], records: list[bytes], want_live: bool, done: WriteDone

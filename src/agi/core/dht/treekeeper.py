@@ -329,7 +329,7 @@ class TreeKeeper:
             if not found.done():
                 found.set_result(records) if error is None else found.set_exception(from_wire(*error))
 
-        self._replica.read(keys, done)
+        self._replica.read(keys, done, mark=False)
         async with asyncio.timeout(STORE_TIMEOUT_S):
             return await found
 

@@ -11,7 +11,7 @@ import enum
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from agi.core.dht.errors import DHTError
+from agi.core.dht.errors import DHTError, OutcomeUnknown, Unavailable
 from agi.core.dht.protocol.messages import Delete, Get, Op, Put, Update
 from agi.core.dht.types import Consistency
 
@@ -127,10 +127,7 @@ class Batch:
         if self.kind is Kind.PUT:
             return Put(self.id, self.consistency, timeout_ms, self.keys, self.values, self.ttl_ms, retry)
         if self.kind is Kind.UPDATE:
-            if self.attempts:
-                for op in self.ops:
-                    op.retry = True
-            return Update(self.id, timeout_ms, self.ops)
+            return Update(self.id, timeout_ms, self.ops, retry)
         return Delete(self.id, self.consistency, timeout_ms, self.keys, retry)
 
     def part(self, indexes: Iterable[int]) -> Batch:
@@ -155,6 +152,9 @@ class Batch:
         self.sink.ok(self.places, results)
 
     def fail(self, error: DHTError) -> None:
+        if isinstance(error, Unavailable) and any(op.retry for op in self.ops):
+            # that try did nothing; what one before it did is not known
+            error = OutcomeUnknown(error.message, needed=error.needed, answered=error.answered)
         self.sink.fail(self.all_places(), error)
 
 

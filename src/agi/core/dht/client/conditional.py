@@ -1,8 +1,9 @@
 """Calls under consensus: linearizable for each key, whatever fails (PROTOCOLS R1 to R10).
 
-Each operation has a name of its own, so that it is tried again, through another node, until its outcome is known or
-its time is over: it takes effect once. A key on which one of these was called is under consensus from then on, and
-plain puts and deletes of it take the same path.
+Each operation has a name of its own, by which its value knows it: it takes effect once, also where it is tried again
+through another node. That happens only once the node that had it does not try it any more; where that cannot be known,
+as its link broke and it does not come back, the call ends in OutcomeUnknown. A key on which one of these was called is
+under consensus from then on, and plain puts and deletes of it take the same path.
 """
 
 from __future__ import annotations

@@ -368,8 +368,6 @@ class Session:
             del self._batches[batch.id]
             if batch.kind is Kind.GET:
                 self._again(batch, reason)
-            elif batch.kind is Kind.UPDATE:  # any node can tell what became of it
-                self._unknown(batch, reason)
             else:  # the same process may still answer for it
                 self._lost.setdefault(remote.node_id, []).append(batch)
 
@@ -379,7 +377,7 @@ class Session:
             if batch.run_id == remote.run_id:
                 self._send(batch, remote, retry=True)
             else:
-                self._unknown(batch, LinkClosed(f"{remote.node_id} restarted"))
+                self._unknown(batch, OutcomeUnknown(f"{remote.node_id} restarted"))
 
     def _give_up(self, remote: Remote) -> None:
         for batch in self._lost.pop(remote.node_id, []):
@@ -503,7 +501,9 @@ class Session:
 
     def _unknown(self, batch: Batch, error: DHTError) -> None:
         """A write that may or may not have happened."""
-        again = self._retry_unknown or batch.kind is Kind.UPDATE
+        again = self._retry_unknown or (batch.kind is Kind.UPDATE and not isinstance(error, LinkClosed))
+        for op in batch.ops:
+            op.retry = True
         if again and self.clock.monotonic() < batch.deadline and batch.attempts < self._retry_count:
             batch.attempts += 1
             self._route(batch, {batch.node})

@@ -170,7 +170,8 @@ class ScanReply(Message):
 
 class Op(msgspec.Struct, array_like=True, gc=False):
     """An operation on one key under consensus (protocol/consensus.py has the kinds and conditions). `name` is its own
-    for ever, also where it is tried again: 16 random bytes. `retry`: it may have been tried before."""
+    for ever, also where it is tried again: 16 random bytes. `retry`: another coordinator has tried it, and does so no
+    more."""
 
     name: bytes
     key: bytes
@@ -195,11 +196,12 @@ class OpResult(msgspec.Struct, array_like=True, gc=False):
 
 
 class Update(Message):
-    """Operations under consensus, each on a key of its own or one after the other on the same."""
+    """Operations under consensus, each on a key of its own or one after the other on the same. `retry` as in Put."""
 
     id: int
     timeout_ms: int
     ops: list[Op]
+    retry: bool = False
 
 
 class UpdateReply(Message):
