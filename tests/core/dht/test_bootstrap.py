@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 from cluster import Cluster, KeptStore, until
 from hypothesis import settings
@@ -235,6 +236,24 @@ def test_every_vote_is_needed_and_one_that_saw_them_all_tells_the_rest() -> None
     world.down = set()
     world.rounds(1)
     assert len(world.formed()) == 3
+
+
+def test_who_voted_and_was_let_go_before_it_heard_of_the_cluster_asks_to_be_taken_in() -> None:
+    world = World(a=ABC, b=ABC, c=ABC)
+    for _ in range(3):
+        for name in "abc":
+            world.ask(name)
+    for name in "abc":
+        world.servers[name].act()
+    vote = world.servers["c"].disk.vote
+    assert vote is not None
+    for formed, asks in ((vote, True), (Topology.first("dht", 3, 8, "md5", vote.members[:2]), False)):
+        world.servers["c"].boot()
+        gone = formed.next([m for m in formed.members if m.node_id != "c"], "c is gone", 0)
+        hello = msgspec.structs.replace(world.servers["a"].hello(), topology=gone.packed)
+        with pytest.raises(ClusterError, match="to be taken in"):
+            world.servers["c"].core.answered("a:7000", hello)
+        assert world.servers["c"].core.joining is asks  # another cluster than that of its vote is for people
 
 
 def test_a_vote_outlives_its_process_and_stays_the_only_one() -> None:

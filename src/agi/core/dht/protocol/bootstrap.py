@@ -99,7 +99,9 @@ class Bootstrap:
     @property
     def joining(self) -> bool:
         """Whether a cluster was found that runs without this node: it asks to be taken in."""
-        return len(set(self._found.values())) == 1 and self.vote is None
+        # one that came of this node's vote, and has let it go before it heard of it, takes it in like any other
+        origins = set(self._found.values())
+        return len(origins) == 1 and (self.vote is None or origins == {self.vote.origin})
 
     def _members(self) -> list[Member]:
         members = [self._me]
