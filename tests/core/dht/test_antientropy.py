@@ -35,8 +35,8 @@ from agi.core.dht.node import Node
 from agi.core.dht.protocol.exchange import Report
 from agi.core.dht.protocol.merkle import HashTrees
 from agi.core.dht.protocol.messages import (
-    ArcListReply,
     REPAIR,
+    ArcListReply,
     Delete,
     Message,
     Put,

@@ -23,7 +23,17 @@ from agi.core.dht.errors import DHTError
 from agi.core.dht.node import Node
 from agi.core.dht.proto import dht_pb2 as pb
 from agi.core.dht.proto.dht_pb2_grpc import DHTStub
-from agi.core.dht.protocol.messages import Message, Put, ReplicaRead, ReplicaScan, ReplicaWrite
+from agi.core.dht.protocol.consensus import COUNTER_MAX, WINDOW, is_register
+from agi.core.dht.protocol.messages import (
+    Message,
+    Put,
+    RegisterAccept,
+    RegisterPrepare,
+    RegisterPromises,
+    ReplicaRead,
+    ReplicaScan,
+    ReplicaWrite,
+)
 from agi.core.dht.protocol.record import hlc_of
 from agi.core.dht.service import Service
 from agi.core.dht.service_messages import BATCH_KEYS_MAX, CLIENT_ID_BYTES_MAX, cursor_of
@@ -34,6 +44,7 @@ INVALID = grpc.StatusCode.INVALID_ARGUMENT
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 UNKNOWN = grpc.StatusCode.UNKNOWN
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
+FAILED = grpc.StatusCode.FAILED_PRECONDITION
 PATIENT_S = 10.0
 """The deadline of calls that are to succeed."""
 
@@ -57,6 +68,20 @@ class Served:
     async def get(self, key: str, timeout: float = PATIENT_S, **more: Any) -> pb.GetResponse:
         response: pb.GetResponse = await self.stub.Get(pb.GetRequest(key=key, **more), timeout=timeout)
         return response
+
+    async def delete(self, key: str, timeout: float = PATIENT_S, **more: Any) -> bool:
+        return bool((await self.stub.Delete(pb.DeleteRequest(key=key, **more), timeout=timeout)).existed)
+
+    async def swap(
+        self, key: str, expected: bytes | None, value: bytes | None, timeout: float = PATIENT_S, **more: Any
+    ) -> int:
+        request = pb.CompareAndSetRequest(key=key, expected=expected, value=value, **more)
+        return int((await self.stub.CompareAndSet(request, timeout=timeout)).version)
+
+    async def add(self, key: str, delta: int = 1, timeout: float = PATIENT_S, **more: Any) -> int:
+        return int(
+            (await self.stub.Increment(pb.IncrementRequest(key=key, delta=delta, **more), timeout=timeout)).value
+        )
 
     async def scan(self, **fields: Any) -> pb.ScanResponse:
         response: pb.ScanResponse = await self.stub.Scan(pb.ScanRequest(**fields), timeout=PATIENT_S)
@@ -173,7 +198,7 @@ REFUSALS: list[tuple[str, Any, int]] = [
     ("Get", pb.GetRequest(), 11),
     ("Get", pb.GetRequest(key=LONG), 11),
     ("Get", pb.GetRequest(key="é" * (KEY_BYTES_MAX // 2 + 1)), 11),
-    ("Get", pb.GetRequest(key="k", consistency=4), 14),  # type: ignore[arg-type]  # a newer client's
+    ("Get", pb.GetRequest(key="k", consistency=5), 14),  # type: ignore[arg-type]  # a newer client's
     ("Put", pb.PutRequest(value=b"v"), 11),
     ("Put", pb.PutRequest(key=LONG), 11),
     ("Put", pb.PutRequest(key="k", value=BIG), 12),
@@ -187,6 +212,32 @@ REFUSALS: list[tuple[str, Any, int]] = [
     ("Delete", pb.DeleteRequest(key=LONG), 11),
     ("Delete", pb.DeleteRequest(key="k", consistency=99), 14),  # type: ignore[arg-type]
     ("Delete", pb.DeleteRequest(key="k", client_id="c"), 10),
+    ("Put", pb.PutRequest(key="k", if_version=0), 10),
+    ("Put", pb.PutRequest(key="k", if_version=1 << 63), 10),
+    ("Put", pb.PutRequest(key="k", if_version=1, if_absent=True), 10),
+    ("Put", pb.PutRequest(key="k", if_version=0, if_absent=True), 10),
+    ("Put", pb.PutRequest(key=LONG, if_absent=True), 11),
+    ("Put", pb.PutRequest(key="k", if_absent=True, value=BIG), 12),
+    ("Put", pb.PutRequest(key="k", if_absent=True, ttl_ms=2**64 - 1), 13),
+    ("Put", pb.PutRequest(key="k", if_absent=True, consistency=5), 14),  # type: ignore[arg-type]
+    ("Put", pb.PutRequest(key="k", if_absent=True, client_id="c"), 10),
+    ("Put", pb.PutRequest(key="k", if_absent=True, retry=True), 10),  # of what?
+    ("Put", pb.PutRequest(key="k", client_id="c", sequence=1, retry=True), 10),  # no condition
+    ("Delete", pb.DeleteRequest(key="k", if_version=0), 10),
+    ("Delete", pb.DeleteRequest(key="k", if_version=2**64 - 1), 10),
+    ("Delete", pb.DeleteRequest(key="k", if_version=1, consistency=5), 14),  # type: ignore[arg-type]
+    ("Delete", pb.DeleteRequest(key="k", client_id="c", sequence=1, retry=True), 10),
+    ("CompareAndSet", pb.CompareAndSetRequest(value=b"v"), 11),
+    ("CompareAndSet", pb.CompareAndSetRequest(key="k", value=BIG), 12),
+    ("CompareAndSet", pb.CompareAndSetRequest(key="k", expected=BIG), 12),
+    ("CompareAndSet", pb.CompareAndSetRequest(key="k", value=b"v", ttl_ms=TTL_MS_MAX + 1), 13),
+    ("CompareAndSet", pb.CompareAndSetRequest(key="k", value=b"v", client_id="c"), 10),
+    ("CompareAndSet", pb.CompareAndSetRequest(key="k", value=b"v", retry=True), 10),
+    ("Increment", pb.IncrementRequest(delta=1), 11),
+    ("Increment", pb.IncrementRequest(key="k", delta=1, ttl_ms=TTL_MS_MAX + 1), 13),
+    ("Increment", pb.IncrementRequest(key="k", delta=1, client_id="c"), 10),
+    ("Increment", pb.IncrementRequest(key="k", delta=1, client_id="\x1b[2J", sequence=1), 10),
+    ("Increment", pb.IncrementRequest(key="k", delta=1, retry=True), 10),
     ("Scan", pb.ScanRequest(limit=SCAN_LIMIT_MAX + 1), 10),
     ("Scan", pb.ScanRequest(prefix=LONG), 11),
     ("Scan", pb.ScanRequest(start=LONG), 11),
@@ -196,12 +247,12 @@ REFUSALS: list[tuple[str, Any, int]] = [
     ("Scan", pb.ScanRequest(cursor=b"twelve bytes"), 10),
     ("Scan", pb.ScanRequest(prefix="a", cursor=cursor_of(b"b", b"b", b"b\xff")), 10),  # of another scan
     ("Scan", pb.ScanRequest(cursor=cursor_of(b"k" * (KEY_BYTES_MAX + 2), b"", b"")), 10),
-    ("BatchGet", pb.BatchGetRequest(keys=["k"], consistency=4), 14),  # type: ignore[arg-type]
+    ("BatchGet", pb.BatchGetRequest(keys=["k"], consistency=5), 14),  # type: ignore[arg-type]
     ("BatchGet", pb.BatchGetRequest(keys=["k"] * (BATCH_KEYS_MAX + 1)), 10),
-    ("BatchPut", pb.BatchPutRequest(consistency=4), 14),  # type: ignore[arg-type]
+    ("BatchPut", pb.BatchPutRequest(consistency=5), 14),  # type: ignore[arg-type]
     ("BatchPut", pb.BatchPutRequest(ttl_ms=TTL_MS_MAX + 1), 13),
     ("BatchPut", pb.BatchPutRequest(entries=[pb.BatchPutRequest.Entry(key="k")], client_id="c"), 10),
-    ("BatchDelete", pb.BatchDeleteRequest(keys=["k"], consistency=4), 14),  # type: ignore[arg-type]
+    ("BatchDelete", pb.BatchDeleteRequest(keys=["k"], consistency=5), 14),  # type: ignore[arg-type]
     ("Locate", pb.LocateRequest(), 11),
     ("Locate", pb.LocateRequest(key=LONG), 11),
 ]
@@ -217,7 +268,7 @@ async def test_what_cannot_be_done_is_refused_with_its_code(one: Served) -> None
 
 @pytest.mark.parametrize("body", [b"\x0a\x02\xff\xfe", b"\xff\xff\xff"], ids=["no UTF-8", "no protobuf"])
 async def test_a_request_that_is_no_message_is_refused(one: Served, body: bytes) -> None:
-    for method in ("Get", "Put", "BatchDelete", "Locate"):
+    for method in ("Get", "Put", "CompareAndSet", "BatchDelete", "Locate"):
         call = one.channel.unary_unary(f"/agi.core.dht.v1.DHT/{method}")
         status, detail = await failure(call(body, timeout=PATIENT_S))  # type: ignore[arg-type]
         assert (status, detail.code) == (INVALID, 10)
@@ -227,7 +278,9 @@ async def test_a_node_that_is_not_ready_says_so() -> None:
     methods = {
         "Get": pb.GetRequest(key="k"),
         "Put": pb.PutRequest(key="k"),
-        "Delete": pb.DeleteRequest(key="k"),
+        "Delete": pb.DeleteRequest(key="k", if_version=1),
+        "CompareAndSet": pb.CompareAndSetRequest(key="k"),
+        "Increment": pb.IncrementRequest(key="k"),
         "Scan": pb.ScanRequest(),
         "BatchGet": pb.BatchGetRequest(keys=["k"]),
         "BatchPut": pb.BatchPutRequest(entries=[pb.BatchPutRequest.Entry(key="k")]),
@@ -363,6 +416,196 @@ async def test_a_write_of_which_something_may_be_stored_is_not() -> None:
         status, detail = await failure(served.put("k", **pair))
         assert (status, detail.code) == (UNKNOWN, 40)  # as it answered then
         assert (await served.get("k")).record.version == version
+
+
+# --- under consensus
+
+
+async def test_a_write_may_be_bound_to_a_version_or_to_absence() -> None:
+    async with Cluster(3) as cluster, serving(cluster.node(0)) as served, serving(cluster.node(1)) as other:
+        first = await served.put("k", b"1", if_absent=True)
+        status, detail = await failure(other.put("k", b"x", if_absent=True))
+        assert (status, detail.code, detail.current_version, detail.retryable) == (FAILED, 43, first, False)
+        second = await other.put("k", b"2", if_version=first, ttl_ms=3_600_000)
+        assert second > first
+        for call in (served.put("k", b"x", if_version=first), served.delete("k", if_version=first)):
+            status, detail = await failure(call)
+            assert (status, detail.code, detail.current_version) == (FAILED, 43, second)
+        got = await served.get("k", consistency=Consistency.LINEARIZABLE)
+        assert (got.record.value, got.record.version) == (b"2", second)
+        assert got.record.expires_at_ms - got.record.updated_at_ms in range(3_599_000, 3_601_000)
+        assert await served.delete("k", if_version=second)
+        for call in (served.put("k", b"x", if_version=second), served.delete("k", if_version=second)):
+            status, detail = await failure(call)
+            assert (status, detail.code, detail.current_version) == (FAILED, 43, 0)
+        assert await other.put("k", b"3", if_absent=True) > second
+        assert (await other.get("k")).record.value == b"3"
+
+
+async def test_compare_and_set_looks_at_the_value() -> None:
+    async with Cluster(3) as cluster, serving(cluster.node(0)) as served, serving(cluster.node(1)) as other:
+        first = await served.swap("k", None, b"")
+        status, detail = await failure(other.swap("k", None, b"x"))  # an empty value is a value
+        assert (status, detail.code, detail.current_version) == (FAILED, 43, first)
+        second = await other.swap("k", b"", b"2", ttl_ms=3_600_000)
+        status, detail = await failure(served.swap("k", b"", b"x"))
+        assert (status, detail.code, detail.current_version) == (FAILED, 43, second > first and second)
+        assert (await served.get("k")).record.value == b"2" and (await served.get("k")).record.expires_at_ms
+        assert await served.swap("k", b"2", None) > second
+        assert not (await other.get("k")).found
+        status, detail = await failure(served.swap("k", b"2", None))
+        assert (status, detail.code, detail.current_version) == (FAILED, 43, 0)
+
+
+async def test_a_counter_counts() -> None:
+    async with Cluster(3) as cluster, serving(cluster.node(0)) as served, serving(cluster.node(1)) as other:
+        seen = await asyncio.gather(*(served.add("n") for _ in range(10)), *(other.add("n") for _ in range(10)))
+        assert sorted(seen) == list(range(1, 21))
+        answer = await served.stub.Increment(
+            pb.IncrementRequest(key="n", delta=-30, ttl_ms=3_600_000), timeout=PATIENT_S
+        )
+        got = (await other.get("n")).record
+        assert (answer.value, answer.version) == (-10, got.version) and got.value == b"-10" and got.expires_at_ms
+        assert await other.add("n", 0) == -10 and (await other.get("n")).record.expires_at_ms == got.expires_at_ms
+
+
+async def test_what_is_no_counter_stays_as_it_is(one: Served) -> None:
+    versions = [await one.put("word", b"word"), await one.put("n", b"%d" % COUNTER_MAX)]
+    for key, delta in (("word", 1), ("word", 0), ("n", 1), ("n", COUNTER_MAX)):
+        status, detail = await failure(one.add(key, delta))
+        assert (status, detail.code, detail.current_version) == (INVALID, 16, 0)
+    assert [(await one.get(key)).record.version for key in ("word", "n")] == versions
+
+
+async def test_the_level_linearizable_puts_keys_under_consensus() -> None:
+    async with Cluster(3) as cluster, serving(cluster.node(0)) as served, serving(cluster.node(1)) as other:
+        level: dict[str, Any] = {"consistency": Consistency.LINEARIZABLE}
+        version = await served.put("k", b"1", **level)
+        assert all(is_register(record) for record in cluster.held("k") if record is not None)
+        page = await other.scan(**level)
+        assert [(entry.key, entry.record.value, entry.record.version) for entry in page.entries] == [
+            ("k", b"1", version)
+        ]
+        await served.stub.BatchPut(pb.BatchPutRequest(entries=[entry_of("b", b"2")], **level), timeout=PATIENT_S)
+        got = await other.stub.BatchGet(pb.BatchGetRequest(keys=["b", "k"], **level), timeout=PATIENT_S)
+        assert [result.record.value for result in got.results] == [b"2", b"1"]
+        assert await other.delete("k", **level) and not await served.delete("k", **level)
+        assert not (await served.get("k", **level)).found
+
+
+async def test_a_repeated_operation_takes_effect_once_at_whichever_node() -> None:
+    async with Cluster(3) as cluster, serving(cluster.node(0)) as served, serving(cluster.node(1)) as other:
+        pair: dict[str, Any] = {"client_id": "alice", "sequence": 1}
+        for again in (served, served, other):
+            assert await again.add("n", 5, **pair) == 5
+        assert await other.add("n", 5, retry=True, **pair) == 5
+        assert await served.add("n", 5, client_id="alice", sequence=2) == 10
+        assert await served.add("n", 5, client_id="bob", sequence=1) == 15
+        pair["sequence"] = 7
+        put = await served.put("k", b"1", if_absent=True, **pair)
+        assert {await again.put("k", b"1", if_absent=True, **pair) for again in (served, other)} == {put}
+        pair["sequence"] = 3
+        swapped = await served.swap("k", b"1", b"2", **pair)
+        assert {await again.swap("k", b"1", b"2", **pair) for again in (served, other)} == {swapped}
+        pair["sequence"] = 4
+        for again in (served, other):
+            assert await again.delete("k", if_version=swapped, **pair)
+        assert cluster.node(0).metrics.retries_deduplicated == 3
+        calls = [served.add("m", client_id="c", sequence=9) for _ in range(5)]
+        assert await asyncio.gather(*calls) == [1] * 5
+        assert cluster.node(0).metrics.retries_deduplicated == 7  # four shared the first's
+
+
+async def test_an_operation_without_a_name_is_a_new_one_each_time(one: Served) -> None:
+    assert [await one.add("n", sequence=1) for _ in range(3)] == [1, 2, 3]
+
+
+async def test_a_call_that_met_a_conflict_may_be_made_again_under_its_name(one: Served) -> None:
+    pair: dict[str, Any] = {"client_id": "alice", "sequence": 1}
+    version = await one.put("k", b"1")
+    for retry in (False, True):
+        assert (await failure(one.swap("k", b"2", b"3", retry=retry, **pair)))[1].current_version == version
+    await one.put("k", b"2")
+    assert await one.swap("k", b"2", b"3", **pair) > version
+
+
+async def test_the_name_of_an_operation_cannot_name_another(one: Served) -> None:
+    pair: dict[str, Any] = {"client_id": "alice", "sequence": 1}
+    await one.add("n", **pair)
+    for call in (one.add("n", 2, **pair), one.add("m", **pair), one.swap("n", b"1", b"7", **pair)):
+        status, detail = await failure(call)
+        assert (status, detail.code) == (INVALID, 10)
+    assert (await one.get("n")).record.value == b"1"
+
+
+async def test_a_key_that_is_written_often_does_not_hide_first_tries_but_those_that_are_repeated_too_late() -> None:
+    async with Cluster(3) as cluster, serving(cluster.node(0)) as served, serving(cluster.node(1)) as other:
+        pair: dict[str, Any] = {"client_id": "alice", "sequence": 1}
+        assert await served.add("n", **pair) == 1
+        for number in range(2, WINDOW + 4):
+            assert await served.add("n", client_id="alice", sequence=number) == number
+        assert await served.add("n", **pair) == 1  # this node remembers it longer
+        status, detail = await failure(other.add("n", retry=True, **pair))
+        assert (status, detail.code, detail.retryable) == (UNKNOWN, 40, False)
+        assert (await other.get("n")).record.value == b"%d" % (WINDOW + 3)
+
+
+async def test_what_may_have_taken_effect_is_found_out_by_the_next_try() -> None:
+    async with Cluster(3) as cluster, serving(cluster.node(0)) as served:
+        pair: dict[str, Any] = {"client_id": "alice", "sequence": 1}
+        heal = cluster.rule(lose(RegisterAccept))
+        status, detail = await failure(served.add("n", timeout=0.6, **pair))
+        assert (status, detail.code) == (UNKNOWN, 40)
+        heal()
+        assert await served.add("n", **pair) == 1
+        assert (await served.get("n")).record.value == b"1"
+        heal = cluster.rule(lose(RegisterAccept))
+        pair["sequence"] = 2
+        assert (await failure(served.add("n", timeout=0.6, **pair)))[1].code == 40
+        heal()
+        await asyncio.gather(*(served.add("n") for _ in range(WINDOW)))
+        assert (await served.get("n")).record.value == b"%d" % (WINDOW + 2)  # it took effect, and is hidden
+        assert (await failure(served.add("n", **pair)))[1].code == 40  # this node knows that it was tried
+        assert (await served.get("n")).record.value == b"%d" % (WINDOW + 2)
+
+
+async def test_what_was_found_to_have_had_no_effect_is_a_first_try_again() -> None:
+    async with Cluster(3) as cluster, serving(cluster.node(0)) as served, serving(cluster.node(1)) as other:
+        pair: dict[str, Any] = {"client_id": "alice", "sequence": 1}
+        heal = cluster.rule(lose(RegisterAccept))
+        assert (await failure(served.swap("k", None, b"1", timeout=0.6, **pair)))[1].code == 40
+        heal()
+        heal = cluster.rule(lambda src, dst, m: LOST if isinstance(m, RegisterPrepare) and dst == "n0" else None)
+        version = await other.swap("k", None, b"2")  # by those who have not heard of it
+        heal()
+        status, detail = await failure(served.swap("k", None, b"1", **pair))
+        assert (status, detail.code, detail.current_version) == (FAILED, 43, version)
+        for number in range(WINDOW):
+            await other.swap("k", b"%d" % (number + 2), b"%d" % (number + 3))
+        assert await other.delete("k")
+        assert await served.swap("k", None, b"1", **pair) > version
+
+
+async def test_without_a_quorum_an_operation_fails_in_time_and_changes_nothing() -> None:
+    async with Cluster(3) as cluster, serving(cluster.node(0)) as served:
+        heal = cluster.rule(lose(RegisterPromises))
+        status, detail = await failure(served.add("n", timeout=0.6))
+        assert (status, detail.code, detail.needed, detail.answered) == (UNAVAILABLE, 30, 2, 1) and detail.retryable
+        heal()
+        assert not (await served.get("n")).found
+
+
+async def test_an_operation_whose_caller_is_gone_is_remembered_all_the_same() -> None:
+    async with Cluster(3) as cluster, serving(cluster.node(0)) as served:
+        heal = cluster.rule(lambda src, dst, message: (0.2,) if isinstance(message, RegisterAccept) else None)
+        pair: dict[str, Any] = {"client_id": "alice", "sequence": 1}
+        gone = served.stub.Increment(pb.IncrementRequest(key="n", delta=1, **pair), timeout=PATIENT_S)
+        await until(lambda: served.service._waiting)
+        gone.cancel()
+        await until(lambda: not served.service._waiting and not served.service._under_way)
+        heal()
+        assert await served.add("n", **pair) == 1
+        assert (await served.get("n")).record.value == b"1"
 
 
 # --- deadlines, cancellation, bounds

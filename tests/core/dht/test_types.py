@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agi.core.dht.errors import InvalidAddress, InvalidConsistency, InvalidKey, InvalidTTL, InvalidValue
+from agi.core.dht.proto import dht_pb2 as pb
 from agi.core.dht.types import (
     KEY_BYTES_MAX,
     TTL_MS_MAX,
@@ -179,6 +180,7 @@ def test_replies_needed(replicas: int, quorum: int) -> None:
     assert Consistency.ONE.needed(replicas) == 1
     assert Consistency.QUORUM.needed(replicas) == quorum
     assert Consistency.ALL.needed(replicas) == replicas
+    assert Consistency.LINEARIZABLE.needed(replicas) == quorum
     assert 2 * quorum > replicas  # any two quorums share a replica
 
 
@@ -188,12 +190,15 @@ def test_parse_consistency() -> None:
             Consistency.parse(level) is Consistency.parse(level.name) is Consistency.parse(level.name.lower()) is level
         )
     for wrong in ("", "TWO", "QUORUM ", 1, 2, None, True, b"ONE"):
-        with pytest.raises(InvalidConsistency, match="use ONE, QUORUM or ALL"):
+        with pytest.raises(InvalidConsistency, match="use ONE, QUORUM, ALL or LINEARIZABLE"):
             Consistency.parse(wrong)
 
 
 def test_consistency_numbers_are_those_of_the_wire() -> None:
-    assert {level.name: level.value for level in Consistency} == {"ONE": 1, "QUORUM": 2, "ALL": 3}
+    numbers = {"ONE": 1, "QUORUM": 2, "ALL": 3, "LINEARIZABLE": 4}
+    assert {level.name: level.value for level in Consistency} == numbers
+    contract = {name.removeprefix("CONSISTENCY_"): number for name, number in pb.Consistency.items()}
+    assert contract == {"UNSPECIFIED": 0, **numbers}
 
 
 def test_nodes_are_hashable_although_their_labels_are_not() -> None:

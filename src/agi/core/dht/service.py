@@ -8,6 +8,9 @@ Writes are named for the coordinator's table of requests (protocol/dedup.py) by 
 by a number of their own. gRPC callers do not say whether they repeat a call: one under a known name takes part in the
 write that is under way, or gets its answer, except where that write failed as a whole and nothing of it was stored.
 
+Writes with a condition, and counters, go to the coordinator as operations under consensus, which are known by their
+name at every node. What took effect is remembered here beyond that, and what may have is tried again as such.
+
 A cancelled call leaves its write under way: it may happen all the same.
 """
 
@@ -20,7 +23,9 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar, cast
 
+import msgspec
 import structlog
+import xxhash
 from google.protobuf.message import DecodeError
 from grpc import aio
 from grpc_health.v1 import health
@@ -31,30 +36,39 @@ from agi.core.dht.coordinator import Coordinator
 from agi.core.dht.errors import (
     DHTError,
     InvalidRequest,
+    NotACounter,
     NotReady,
     OutcomeUnknown,
     Overloaded,
     Unavailable,
+    VersionConflict,
     from_wire,
 )
 from agi.core.dht.node import Node
 from agi.core.dht.proto import dht_pb2 as pb
 from agi.core.dht.proto.dht_pb2_grpc import DHTServicer, add_DHTServicer_to_server
 from agi.core.dht.protocol import messages
+from agi.core.dht.protocol.consensus import NAME_BYTES
+from agi.core.dht.protocol.dedup import RequestTable
 from agi.core.dht.protocol.record import HEADER
 from agi.core.dht.reads import TRUNCATED
 from agi.core.dht.requests import TIMEOUT_MS_MAX
 from agi.core.dht.service_health import Health
 from agi.core.dht.service_messages import (
     Batch,
+    Conditional,
     Context,
     TolerantServer,
     client_name,
     cursor_of,
+    decided,
+    is_conditional,
     level_of,
+    operation_of,
     raise_first,
     range_of,
     record_of,
+    result_of,
     resume_at,
     trace_of,
     ttl_ms_of,
@@ -77,6 +91,8 @@ MARGIN_MS_MAX = 150
 LAST_ANSWER_S = 0.09
 """How long before the deadline a call that still has no answer fails; a fifth of short ones."""
 HEALTH_POLL_S = 0.2
+_DECIDED = frozenset((VersionConflict.code, NotACounter.code))
+"""Errors that only come once it is certain that no earlier try took effect."""
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -92,6 +108,20 @@ class Call:
         self.timeout_ms = max(1, int(left_ms - min(MARGIN_MS_MAX, left_ms / 4)))
         self.patience_s = left_ms / 1000 - min(LAST_ANSWER_S, left_ms / 5000)
         self.trace = trace
+
+
+class Tried:
+    """An operation under consensus that came here: what it asks for, the calls that wait for it, and its result once it
+    took effect. `unknown`: it may have, so that the next try has to look."""
+
+    __slots__ = ("content", "result", "under_way", "unknown", "waiting")
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.result: messages.OpResult | None = None
+        self.under_way = False
+        self.unknown = False
+        self.waiting: list[asyncio.Future[messages.OpResult]] = []
 
 
 class Service(DHTServicer):
@@ -113,6 +143,7 @@ class Service(DHTServicer):
         self._waiting: dict[asyncio.Future[Any], type[DHTError]] = {}
         self._writes: dict[tuple[str, int], list[asyncio.Future[Any]]] = {}
         """Calls that wait for each write, by its name; several where a caller repeated it."""
+        self._tried: RequestTable[Tried] = RequestTable(node.config.requests.dedup_entries)
         self._health = Health(("", SERVICE_NAME))
         self._poll: asyncio.Task[None] | None = None
         self._debug = node.config.observability.log_level == "debug"
@@ -165,6 +196,12 @@ class Service(DHTServicer):
 
     async def Delete(self, request: pb.DeleteRequest, context: Context) -> pb.DeleteResponse:
         return await self._serve(self._delete, request, context)
+
+    async def CompareAndSet(self, request: pb.CompareAndSetRequest, context: Context) -> pb.CompareAndSetResponse:
+        return await self._serve(self._compare_and_set, request, context)
+
+    async def Increment(self, request: pb.IncrementRequest, context: Context) -> pb.IncrementResponse:
+        return await self._serve(self._increment, request, context)
 
     async def Scan(self, request: pb.ScanRequest, context: Context) -> pb.ScanResponse:
         return await self._serve(self._scan, request, context)
@@ -225,6 +262,8 @@ class Service(DHTServicer):
     async def _put(self, request: pb.PutRequest, call: Call) -> pb.PutResponse:
         keys, values = [encode_key(request.key)], [check_value(request.value)]
         level, ttl_ms = self._write_level(request.consistency), ttl_ms_of(request.ttl_ms)
+        if is_conditional(request):
+            return pb.PutResponse(version=(await self._update(request, call)).version)
         reply = await self._write(messages.Put(0, level, call.timeout_ms, keys, values, ttl_ms), request, call)
         assert isinstance(reply, messages.PutReply)
         raise_first(reply.errors)
@@ -232,10 +271,19 @@ class Service(DHTServicer):
 
     async def _delete(self, request: pb.DeleteRequest, call: Call) -> pb.DeleteResponse:
         keys, level = [encode_key(request.key)], self._write_level(request.consistency)
+        if is_conditional(request):
+            return pb.DeleteResponse(existed=bool((await self._update(request, call)).number))
         reply = await self._write(messages.Delete(0, level, call.timeout_ms, keys), request, call)
         assert isinstance(reply, messages.DeleteReply)
         raise_first(reply.errors)
         return pb.DeleteResponse(existed=reply.existed[0])
+
+    async def _compare_and_set(self, request: pb.CompareAndSetRequest, call: Call) -> pb.CompareAndSetResponse:
+        return pb.CompareAndSetResponse(version=(await self._update(request, call)).version)
+
+    async def _increment(self, request: pb.IncrementRequest, call: Call) -> pb.IncrementResponse:
+        result = await self._update(request, call)
+        return pb.IncrementResponse(value=result.number, version=result.version)
 
     # --- batches
 
@@ -426,12 +474,9 @@ class Service(DHTServicer):
         call: Call,
     ) -> messages.PutReply | messages.DeleteReply:
         """The reply to a write, which is named here. It is of the right kind and has a result for each key."""
-        if request.client_id:
-            client, write.id = client_name(request.client_id), request.sequence
-            if not request.sequence:
-                raise InvalidRequest("a write with a client_id has a sequence of its own, from 1")
-        else:
-            client, write.id = self._name, call.number
+        if isinstance(request, pb.PutRequest | pb.DeleteRequest) and request.retry:
+            raise InvalidRequest("retry is for writes with a condition: a plain one cannot tell whether it took effect")
+        client, write.id = self._named(request, call)
         coordinator = self._ready()
         future: asyncio.Future[messages.PutReply | messages.DeleteReply] = asyncio.get_running_loop().create_future()
         name = (client, write.id)
@@ -457,6 +502,70 @@ class Service(DHTServicer):
         if isinstance(reply, messages.PutReply) != isinstance(write, messages.Put) or len(results) != len(write.keys):
             raise InvalidRequest("this client_id and sequence named another write before")
         return reply
+
+    def _named(self, request: Conditional | pb.BatchPutRequest | pb.BatchDeleteRequest, call: Call) -> tuple[str, int]:
+        """Client and number of a write: the caller's, or of its own."""
+        if not request.client_id:
+            return self._name, call.number
+        if not request.sequence:
+            raise InvalidRequest("a write with a client_id has a sequence of its own, from 1")
+        return client_name(request.client_id), request.sequence
+
+    async def _update(self, request: Conditional, call: Call) -> messages.OpResult:
+        """The result of an operation under consensus, which is named here. Raises its error."""
+        op = operation_of(request)
+        client, number = self._named(request, call)
+        if request.retry and not request.client_id:
+            raise InvalidRequest("only a call with a client_id and a sequence can be told to be a retry")
+        coordinator = self._ready()
+        tried = Tried(b"")
+        if request.client_id:
+            tried = self._known(client, number, xxhash.xxh3_128_digest(msgspec.msgpack.encode(op)))
+            op.name = xxhash.xxh3_128_digest(f"{client}:{number}".encode())
+            op.retry = request.retry or tried.unknown
+        else:
+            op.name = secrets.token_bytes(NAME_BYTES)
+        if tried.result is not None:
+            return tried.result
+        future: asyncio.Future[messages.OpResult] = asyncio.get_running_loop().create_future()
+        tried.waiting.append(future)
+        if not tried.under_way:
+            tried.under_way = True
+            if self._debug:
+                trace = call.trace or f"{client}:{number}"
+                _log.debug("update", trace=trace, operation=op.name.hex(), retry=op.retry)
+            update = messages.Update(call.number, call.timeout_ms, [op])
+            coordinator.update(update, partial(self._updated, tried), self._name)
+        try:
+            return decided(await self._answer(future, OutcomeUnknown, call))
+        finally:
+            tried.waiting.remove(future)
+
+    def _known(self, client: str, number: int, content: bytes) -> Tried:
+        """What is known here of the operation that has this name."""
+        tried = self._tried.get(client, number)
+        if tried is None:
+            tried = Tried(content)
+            self._tried.add(client, number, tried, 1)
+        elif tried.content != content:
+            raise InvalidRequest("this client_id and sequence named another write before")
+        elif tried.result is not None or tried.under_way:
+            self._node.metrics.retries_deduplicated += 1
+        return tried
+
+    def _updated(self, tried: Tried, reply: messages.Message) -> None:
+        assert isinstance(reply, messages.UpdateReply)
+        result = result_of(reply)
+        tried.under_way = False
+        if result.error is None:
+            tried.result = result
+        elif result.error[0] == OutcomeUnknown.code:
+            tried.unknown = True
+        elif result.error[0] in _DECIDED:
+            tried.unknown = False
+        for future in tried.waiting:
+            if not future.done():  # its caller may be gone
+                future.set_result(result)
 
     def _written(self, name: tuple[str, int], reply: messages.Message) -> None:
         for future in self._writes.pop(name):

@@ -11,9 +11,10 @@ import xxhash
 from google.protobuf.message import DecodeError, Message
 from grpc import aio
 
-from agi.core.dht.errors import InvalidConsistency, InvalidRequest, InvalidTTL, from_wire
+from agi.core.dht.errors import InvalidConsistency, InvalidRequest, InvalidTTL, VersionConflict, from_wire
 from agi.core.dht.proto import dht_pb2 as pb
-from agi.core.dht.protocol.messages import KeyError_, WireError
+from agi.core.dht.protocol.consensus import ADD, IF_ABSENT, IF_EQUALS, IF_VERSION, PUT, REMOVE
+from agi.core.dht.protocol.messages import KeyError_, Op, OpResult, UpdateReply, WireError
 from agi.core.dht.protocol.record import HEADER, created_ms_of, expires_ms_of, hlc_of
 from agi.core.dht.transport.grpc_status import error_detail
 from agi.core.dht.types import KEY_BYTES_MAX, TTL_MS_MAX, Consistency, check_value, encode_key
@@ -27,6 +28,8 @@ TRACE_CHARS_MAX = 128
 TRACE_METADATA_KEY = "x-correlation-id"
 
 Context: TypeAlias = "aio.ServicerContext[Any, Any]"
+Conditional: TypeAlias = "pb.PutRequest | pb.DeleteRequest | pb.CompareAndSetRequest | pb.IncrementRequest"
+"""What goes through consensus: all of the latter two, and of the others those that have a condition."""
 
 
 class Batch:
@@ -108,13 +111,58 @@ def level_of(given: int) -> Consistency | None:
     try:
         return Consistency(given)
     except ValueError:
-        raise InvalidConsistency(f"unknown consistency {given}: use ONE (1), QUORUM (2) or ALL (3)") from None
+        raise InvalidConsistency(
+            f"unknown consistency {given}: use ONE (1), QUORUM (2), ALL (3) or LINEARIZABLE (4)"
+        ) from None
 
 
 def ttl_ms_of(given: int) -> int:
     if given > TTL_MS_MAX:
         raise InvalidTTL(f"ttl_ms is at most {TTL_MS_MAX}, not {given}")
     return given
+
+
+def is_conditional(request: pb.PutRequest | pb.DeleteRequest) -> bool:
+    return request.HasField("if_version") or (isinstance(request, pb.PutRequest) and request.if_absent)
+
+
+def operation_of(request: Conditional) -> Op:
+    """The operation that a request asks for, not named yet. Raises InvalidRequest and its kinds."""
+    op = Op(b"", encode_key(request.key), REMOVE)
+    if isinstance(request, pb.IncrementRequest):
+        op.kind, op.delta = ADD, request.delta
+    elif isinstance(request, pb.DeleteRequest):
+        op.condition, op.version = IF_VERSION, request.if_version
+    elif isinstance(request, pb.PutRequest):
+        op.kind, op.value = PUT, check_value(request.value)
+        op.condition, op.version = (IF_ABSENT, 0) if request.if_absent else (IF_VERSION, request.if_version)
+        if request.if_absent and request.HasField("if_version"):
+            raise InvalidRequest("a key is absent, or at a version: not both")
+    else:
+        op.condition = IF_EQUALS
+        op.expected = check_value(request.expected) if request.HasField("expected") else None
+        if request.HasField("value"):
+            op.kind, op.value = PUT, check_value(request.value)
+    if not isinstance(request, pb.DeleteRequest):
+        op.ttl_ms = ttl_ms_of(request.ttl_ms)
+    if op.condition == IF_VERSION and not 0 < op.version < 1 << 63:
+        raise InvalidRequest(f"a version is a positive number as reads and writes return it, not {op.version}")
+    return op
+
+
+def result_of(reply: UpdateReply) -> OpResult:
+    """Of a request of one operation; its error is in it."""
+    return OpResult(error=reply.error) if reply.error is not None else reply.results[0]
+
+
+def decided(result: OpResult) -> OpResult:
+    """The result of what took effect. Raises its error otherwise."""
+    if result.error is None:
+        return result
+    error = from_wire(*result.error)
+    if isinstance(error, VersionConflict):
+        error.version = result.version
+    raise error
 
 
 def client_name(client_id: str) -> str:

@@ -1,4 +1,4 @@
-"""get, put, delete, scan on three real nodes."""
+"""get, put, delete, cas, incr, scan on three real nodes."""
 
 from __future__ import annotations
 
@@ -99,6 +99,60 @@ def test_delete_says_what_there_was(dht: Any) -> None:
     assert dht("delete", "d:none", "d:del1", "--json").json == {"existed": {"d:none": False, "d:del1": True}}
 
 
+def test_put_under_a_condition(dht: Any) -> None:
+    first = dht("put", "d:if", "1", "--if-absent", "--ttl", "1000").text.strip()
+    refused = dht("put", "d:if", "x", "--if-absent")
+    assert refused == (27, b"", "error: the key exists\n")
+    second = dht("put", "d:if", "22", "--if-version", first, "--json").json
+    assert second == {"key": "d:if", "version": second["version"], "bytes": 2} and second["version"] > int(first)
+    refused = dht("put", "d:if", "x", "--if-version", first)
+    assert (
+        refused.code == 27 and refused.out == b"" and f"at version {second['version']}, not at {first}" in refused.err
+    )
+    shown = dht("get", "d:if", "--json", "--consistency", "linearizable").json
+    assert (shown["value"], shown["version"], shown["expires_at"]) == ("22", second["version"], None)
+
+
+def test_delete_of_a_version(dht: Any) -> None:
+    first, second = (dht("put", "d:del-if", value).text.strip() for value in "12")
+    assert dht("delete", "d:del-if", "--if-version", first).code == 27 and dht("get", "d:del-if").out == b"2"
+    assert dht("delete", "d:del-if", "--if-version", second) == (0, b"deleted\td:del-if\n", "")
+    assert dht("get", "d:del-if").code == 3
+    gone = dht("delete", "d:del-if", "--if-version", second)
+    assert gone.code == 27 and gone.err == f"error: the key is absent, not at {second}\n"
+    third = dht("put", "d:del-if", "3").text.strip()
+    assert dht("delete", "d:del-if", "--if-version", third, "--json").json == {"existed": {"d:del-if": True}}
+
+
+def test_cas_stores_over_what_is_expected(dht: Any, tmp_path: Path) -> None:
+    assert dht("cas", "d:cas", "1", "2") == (27, b"", "error: the value is another\n")
+    first = dht("cas", "d:cas", "--absent", "1")
+    assert first.code == 0 and dht("get", "d:cas", "--json").json["version"] == int(first.text)
+    assert dht("cas", "d:cas", "--absent", "2").code == dht("cas", "d:cas", "", "2").code == 27
+    second = dht("cas", "d:cas", "1", "-", "--json", "--ttl", "1000", stdin=b"\0two").json
+    assert second == {"key": "d:cas", "version": second["version"], "bytes": 4} and second["version"] > int(first.text)
+    assert dht("get", "d:cas").out == b"\0two" and dht("get", "d:cas", "--json").json["expires_at"]
+    dht("put", "d:cas", "\udcff")  # a byte that is not UTF-8
+    file = tmp_path / "value"
+    file.write_bytes(b"from a file")
+    assert dht("cas", "d:cas", "\udcff", "--file", str(file)).code == 0
+    assert dht("get", "d:cas").out == b"from a file"
+    assert dht("put", "d:cas", "").code == 0
+    assert dht("cas", "d:cas", "--", "", "-1").code == 0 and dht("get", "d:cas").out == b"-1"
+
+
+def test_incr_counts(dht: Any) -> None:
+    assert dht("incr", "d:n") == (0, b"1\n", "")
+    assert dht("incr", "d:n", "41") == (0, b"42\n", "")
+    assert dht("incr", "d:n", "--json", "--", "-50").json == {"key": "d:n", "value": -8}
+    assert dht("get", "d:n").out == b"-8" and dht("get", "d:n", "--json").json["expires_at"] is None
+    dht("incr", "d:n", "0", "--ttl", "1000")
+    assert dht("get", "d:n", "--json").json["expires_at"]
+    dht("put", "d:word", "word")
+    refused = dht("incr", "d:word")
+    assert refused == (10, b"", "error: the value is no counter\n") and dht("get", "d:word").out == b"word"
+
+
 def test_scan_shows_keys_sizes_or_values_in_order(dht: Any) -> None:
     for key, value in {"s:b": b"two\nlines\\", "s:a": b"1", "s:\xe9": b"\xff", "s:\x1b[1m": b""}.items():
         dht("put", key, stdin=value)
@@ -152,6 +206,19 @@ LONG = "k" * 1025
         (["put", "k", "v", "--ttl", "nan"], 10, "ttl_seconds must be above 0"),
         (["put", "k", "v", "--ttl", "1e300"], 10, "ttl_seconds must be above 0"),
         (["put", "k", "v", "--consistency", "TWO"], 10, "unknown consistency 'TWO'"),
+        (["put", "k", "v", "--if-version", "0"], 10, "a version is a positive number"),
+        (["put", "k", "v", "--if-version", "-1"], 10, "a version is a positive number"),
+        (["put", "k", "v", "--if-version", str(1 << 63)], 10, "a version is a positive number"),
+        (["put", "k", "v", "--if-absent", "--ttl", "-1"], 10, "ttl_seconds must be above 0"),
+        (["delete", "k", "--if-version", "0"], 10, "a version is a positive number"),
+        (["cas", "", "1", "2"], 10, "a key may not be empty"),
+        (["cas", "k", "\ud800", "2"], 10, "the value cannot be encoded"),
+        (["cas", "k", "1", "\ud800"], 10, "the value cannot be encoded"),
+        (["cas", "k", "1", "2", "--ttl", "0"], 10, "ttl_seconds must be above 0"),
+        (["cas", "k", "1", "--file", "/nowhere/at/all"], 10, "/nowhere/at/all: No such file"),
+        (["incr", LONG], 10, "a key has at most"),
+        (["incr", "k", str(1 << 63)], 10, "a number of 64 bits"),
+        (["incr", "k", "--ttl", "nan"], 10, "ttl_seconds must be above 0"),
         (["put", "k", "--file", "/"], 10, "/: Is a directory"),
         (["put", "k", "--file", "/nowhere/at/all"], 10, "/nowhere/at/all: No such file"),
         (["delete", "a", ""], 10, "a key may not be empty"),
@@ -191,6 +258,9 @@ def test_bad_input_is_one_line_and_an_exit_code(
     [
         ["get"], ["get", "a", "b"], ["put"], ["delete"], ["nothing"], ["get", "k", "--nothing"], ["load"],
         ["scan", "--limit", "0"], ["scan", "--limit", "x"], ["put", "k", "v", "--ttl", "soon"], ["config"], [],
+        ["put", "k", "v", "--if-version", "1", "--if-absent"], ["put", "k", "v", "--if-version", "one"],
+        ["delete", "a", "b", "--if-version", "1"], ["cas", "k"], ["cas", "k", "--absent", "1", "2"],
+        ["cas", "k", "1", "2", "3"], ["cas", "k", "1", "2", "--file", "f"], ["incr"], ["incr", "k", "one"],
         ["get", "k", "--timeout", "soon"], ["load", "-", "--glob", "*"], ["config", "nothing"],
     ],
 )  # fmt: skip
@@ -219,7 +289,7 @@ def test_nobody_answers(dht: Any) -> None:
 
 
 def test_the_levels_and_a_dead_address_before_a_live_one(dht: Any, cluster: Any) -> None:
-    for level in ("one", "QUORUM", "All"):
+    for level in ("one", "QUORUM", "All", "linearizable"):
         assert dht("put", "d:level", level, "--consistency", level).code == 0
         assert dht("get", "d:level", "--consistency", level).out == level.encode()
-    assert dht("get", "d:level", "--connect", f"127.0.0.1:1, {cluster.cluster.addresses[1]}").out == b"All"
+    assert dht("get", "d:level", "--connect", f"127.0.0.1:1, {cluster.cluster.addresses[1]}").out == b"linearizable"

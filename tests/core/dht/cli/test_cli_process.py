@@ -144,7 +144,7 @@ def test_an_interrupt_ends_a_command_with_130(helpers: Any, cluster: Any) -> Non
         (["agi-dht", "lo"], {"load", "locate"}),
         (["agi-dht", "config", ""], {"check", "show"}),
         (["agi-dht", "get", "k", "--cons"], {"--consistency"}),
-        (["agi-dht", "get", "k", "--consistency", ""], {"ONE", "QUORUM", "ALL"}),
+        (["agi-dht", "get", "k", "--consistency", ""], {"ONE", "QUORUM", "ALL", "LINEARIZABLE"}),
     ],
 )
 def test_the_tab_key(typed: list[str], offered: set[str]) -> None:

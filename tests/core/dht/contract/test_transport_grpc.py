@@ -32,7 +32,8 @@ from agi.core.dht.types import VALUE_BYTES_MAX
 
 KINDS = [getattr(errors, name) for name in errors.__all__ if name != "from_wire"]
 STATUS = {
-    "INVALID_ARGUMENT": "InvalidRequest InvalidKey InvalidValue InvalidTTL InvalidConsistency InvalidAddress",
+    "INVALID_ARGUMENT": "InvalidRequest InvalidKey InvalidValue InvalidTTL InvalidConsistency InvalidAddress "
+    "NotACounter",
     "UNAVAILABLE": "Unavailable NotReady Truncated TransportError ConnectFailed LinkClosed",
     "RESOURCE_EXHAUSTED": "Overloaded StorageFull FrameTooLarge",
     "UNKNOWN": "OutcomeUnknown",
@@ -40,8 +41,7 @@ STATUS = {
     "DATA_LOSS": "StorageCorrupt",
     "CANCELLED": "ClientClosed",
     "FAILED_PRECONDITION": "ConfigError ClockSkew ClusterError HelloRefused UnknownDisk ClonedNode BootstrapConflict "
-    "ChangeRefused Removed "
-    "ProtocolMismatch",
+    "ChangeRefused Removed ProtocolMismatch VersionConflict",
     "INTERNAL": "DHTError BatchError StorageError StorageClosed FolderMismatch FolderUnusable",
 }
 
@@ -97,6 +97,17 @@ async def test_errors_survive_a_call(service: tuple[Service, DHTStub], kind: typ
     assert (back.message, back.needed, back.answered) == ("naïve\nwhy", 2, 1)
     detail = ErrorDetail.FromString(dict(caught.value.trailing_metadata() or ())["dht-error-bin"])
     assert (detail.code, detail.retryable) == (kind.code, kind.retryable)
+
+
+@pytest.mark.parametrize("version", [0, 1, (1 << 63) - 1])
+async def test_a_conflict_brings_the_version_that_there_is(service: tuple[Service, DHTStub], version: int) -> None:
+    service[0].error = errors.VersionConflict("moved", version=version)
+    with pytest.raises(aio.AioRpcError) as caught:
+        await service[1].Get(dht_pb2.GetRequest(key="k"), timeout=DEADLINE_S)
+    back = from_rpc_error(caught.value)
+    assert isinstance(back, errors.VersionConflict) and back.version == version
+    detail = ErrorDetail.FromString(dict(caught.value.trailing_metadata() or ())["dht-error-bin"])
+    assert detail.current_version == version
 
 
 async def test_a_long_or_broken_text_does_not_lose_the_error(service: tuple[Service, DHTStub]) -> None:

@@ -54,6 +54,23 @@ def single_keys(stub: DHTStub, other: DHTStub) -> None:
     stub.Delete(pb.DeleteRequest(key="once"), timeout=WAIT_S)
 
 
+def under_consensus(stub: DHTStub, other: DHTStub) -> None:
+    first = stub.Put(pb.PutRequest(key="lead", value=b"a", if_absent=True), timeout=WAIT_S).version
+    code, detail = failure(lambda: other.Put(pb.PutRequest(key="lead", value=b"b", if_absent=True), timeout=WAIT_S))
+    assert (code, detail.code, detail.current_version) == (grpc.StatusCode.FAILED_PRECONDITION, 43, first)
+    swap = pb.CompareAndSetRequest(key="lead", expected=b"a", value=b"b")
+    second = other.CompareAndSet(swap, timeout=WAIT_S).version
+    code, detail = failure(lambda: stub.Delete(pb.DeleteRequest(key="lead", if_version=first), timeout=WAIT_S))
+    assert (code, detail.code, detail.current_version) == (grpc.StatusCode.FAILED_PRECONDITION, 43, second)
+    assert stub.Delete(pb.DeleteRequest(key="lead", if_version=second), timeout=WAIT_S).existed
+
+    named = pb.IncrementRequest(key="count", delta=-7, client_id="foreign", sequence=2)
+    assert [node.Increment(named, timeout=WAIT_S).value for node in (stub, other, stub)] == [-7] * 3
+    got = other.Get(pb.GetRequest(key="count", consistency=pb.CONSISTENCY_LINEARIZABLE), timeout=WAIT_S)
+    assert got.record.value == b"-7"
+    other.Delete(pb.DeleteRequest(key="count"), timeout=WAIT_S)
+
+
 def batches_and_scans(stub: DHTStub, other: DHTStub) -> None:
     keys = [f"scan:{i:03}" for i in range(250)]
     entries = [pb.BatchPutRequest.Entry(key=key, value=key.encode()) for key in [*keys, ""]]
@@ -127,6 +144,7 @@ def main(what: str, addresses: list[str]) -> None:
         for channel in channels:
             health(channel, "agi.core.dht.v1.DHT", serving.SERVING)
         single_keys(stubs[0], stubs[1])
+        under_consensus(stubs[0], stubs[2])
         batches_and_scans(stubs[1], stubs[2])
         cluster(stubs[2], addresses)
         refusals(stubs[0])

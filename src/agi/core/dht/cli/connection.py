@@ -41,9 +41,9 @@ Level = Annotated[
     str | None,
     typer.Option(
         "--consistency",
-        metavar="ONE|QUORUM|ALL",
+        metavar="ONE|QUORUM|ALL|LINEARIZABLE",
         help="Replicas to wait for. Default: the cluster's.",
-        autocompletion=lambda: ["ONE", "QUORUM", "ALL"],
+        autocompletion=lambda: ["ONE", "QUORUM", "ALL", "LINEARIZABLE"],
         show_default=False,
     ),
 ]

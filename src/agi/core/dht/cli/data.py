@@ -1,4 +1,4 @@
-"""Single keys and ranges: get, put, delete, scan."""
+"""Single keys and ranges: get, put, delete, cas, incr, scan."""
 
 from __future__ import annotations
 
@@ -12,10 +12,23 @@ import typer
 
 from agi.core.dht.cli import files, output
 from agi.core.dht.cli.connection import DEFAULT_CONNECT, AsJson, Connect, Level, Timeout, connected
-from agi.core.dht.errors import InvalidValue
+from agi.core.dht.errors import InvalidRequest, InvalidValue
+from agi.core.dht.protocol.consensus import COUNTER_MAX, COUNTER_MIN
 from agi.core.dht.types import SCAN_LIMIT_MAX, VALUE_BYTES_MAX, encode_key, ttl_to_ms
 
 NOT_FOUND_EXIT_CODE = 3
+
+Ttl = Annotated[
+    float | None, typer.Option("--ttl", metavar="SECONDS", help="Let it expire after so long.", show_default=False)
+]
+ValueFile = Annotated[
+    Path | None,
+    typer.Option("--file", metavar="FILE", help="Take the value from a file; - is stdin.", show_default=False),
+]
+IfVersion = Annotated[
+    int | None,
+    typer.Option("--if-version", metavar="V", help="Only if the key is at this version.", show_default=False),
+]
 
 
 def get(
@@ -72,12 +85,10 @@ def put(
     value: Annotated[
         str | None, typer.Argument(metavar="VALUE", help="Without it, or -: --file or stdin.", show_default=False)
     ] = None,
-    file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Take the value from a file; - is stdin.", show_default=False)
-    ] = None,
-    ttl: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Let it expire after so long.", show_default=False)
-    ] = None,
+    file: ValueFile = None,
+    ttl: Ttl = None,
+    if_version: IfVersion = None,
+    if_absent: Annotated[bool, typer.Option("--if-absent", help="Only if the key holds no value.")] = False,
     connect: Connect = DEFAULT_CONNECT,
     timeout: Timeout = None,
     consistency: Level = None,
@@ -87,6 +98,9 @@ def put(
 
     The value is VALUE, or what the file holds, or what comes on stdin: byte for byte, at most 8 MiB. A VALUE or FILE of
     - is stdin.
+
+    With --if-version or --if-absent it goes through consensus, whatever --consistency says. Exit code 27: the condition
+    did not hold, and nothing was changed.
 
     --json prints {"key", "version", "bytes"}.
 
@@ -99,12 +113,29 @@ def put(
         date | agi-dht put now
 
         agi-dht put answer -- -42
+
+        agi-dht put leader n7 --if-absent --ttl 30
     """
+    if if_absent and if_version is not None:
+        raise typer.BadParameter("--if-version and --if-absent exclude each other")
     encode_key(key)
     ttl_to_ms(ttl)
+    _check_version(if_version)
     data = _value(value, file)
     with connected(connect, timeout, consistency) as client:
-        version = client.put(key, data, ttl_seconds=ttl)
+        version = client.put(key, data, ttl_seconds=ttl, if_version=if_version, if_absent=if_absent)
+    _stored(key, version, data, as_json=as_json)
+
+
+def _check_version(version: int | None) -> None:
+    """Before a cluster is looked for. Raises InvalidRequest."""
+    if version is not None:
+        from agi.core.dht.client.conditional import checked_version
+
+        checked_version(version)
+
+
+def _stored(key: str, version: int, data: bytes, *, as_json: bool) -> None:
     if as_json:
         output.document({"key": key, "version": version, "bytes": len(data)})
     else:
@@ -116,15 +147,20 @@ def _value(value: str | None, file: Path | None) -> bytes:
     if value is not None and file is not None:
         raise typer.BadParameter("a value comes from VALUE or from --file, not from both")
     if value is not None and value != "-":
-        try:
-            return os.fsencode(value)  # the bytes as they were typed, whatever they mean
-        except UnicodeEncodeError as error:
-            raise InvalidValue(f"the value cannot be encoded: {error.reason} at index {error.start}") from None
+        return _typed(value)
     if file is not None and str(file) != "-":
         return files.read_value(file)
     if sys.stdin.isatty() and value is None and file is None:
         raise typer.BadParameter("give VALUE, or --file, or the value on stdin")
     return _limited(sys.stdin.buffer)
+
+
+def _typed(value: str) -> bytes:
+    """The bytes as they were typed, whatever they mean."""
+    try:
+        return os.fsencode(value)
+    except UnicodeEncodeError as error:
+        raise InvalidValue(f"the value cannot be encoded: {error.reason} at index {error.start}") from None
 
 
 def _limited(stream: BinaryIO) -> bytes:
@@ -134,8 +170,89 @@ def _limited(stream: BinaryIO) -> bytes:
     return data
 
 
+def cas(
+    key: Annotated[str, typer.Argument(metavar="KEY", show_default=False)],
+    expected: Annotated[
+        str | None, typer.Argument(metavar="EXPECTED", help="What the key has to hold.", show_default=False)
+    ] = None,
+    value: Annotated[
+        str | None, typer.Argument(metavar="VALUE", help="Without it, or -: --file or stdin.", show_default=False)
+    ] = None,
+    absent: Annotated[
+        bool, typer.Option("--absent", help="Instead of EXPECTED: the key has to hold no value.")
+    ] = False,
+    file: ValueFile = None,
+    ttl: Ttl = None,
+    connect: Connect = DEFAULT_CONNECT,
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+) -> None:
+    """Store a value if the key holds a certain other; print its version.
+
+    It goes through consensus: of several that compare and set at a time, one succeeds. Exit code 27: the key holds
+    something else, and nothing was changed. VALUE is taken as by put, EXPECTED as it stands.
+
+    --json prints {"key", "version", "bytes"}.
+
+    Examples:
+
+        agi-dht cas job:7 queued running
+
+        agi-dht cas job:8 --absent queued
+
+        agi-dht cas model:weights v1 --file weights.bin
+    """
+    if absent:
+        if value is not None:
+            raise typer.BadParameter("--absent stands in the place of EXPECTED: give KEY and VALUE")
+        expected, value = None, expected
+    elif expected is None:
+        raise typer.BadParameter("give EXPECTED, or --absent")
+    encode_key(key)
+    ttl_to_ms(ttl)
+    wanted = None if expected is None else _typed(expected)
+    data = _value(value, file)
+    with connected(connect, timeout) as client:
+        version = client.compare_and_set(key, wanted, data, ttl_seconds=ttl)
+    _stored(key, version, data, as_json=as_json)
+
+
+def incr(
+    key: Annotated[str, typer.Argument(metavar="KEY", show_default=False)],
+    delta: Annotated[int, typer.Argument(metavar="DELTA", help="What is added.")] = 1,
+    ttl: Ttl = None,
+    connect: Connect = DEFAULT_CONNECT,
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+) -> None:
+    """Add to a counter; print what it is then.
+
+    A counter is a decimal number of 64 bits, as text; a key without a value counts from 0. It goes through consensus:
+    nothing that is added is lost, or counted twice. Its TTL stays unless one is given.
+
+    --json prints {"key", "value"}.
+
+    Examples:
+
+        agi-dht incr visits
+
+        agi-dht incr credit -- -5
+    """
+    encode_key(key)
+    ttl_to_ms(ttl)
+    if not COUNTER_MIN <= delta <= COUNTER_MAX:
+        raise InvalidRequest(f"a counter changes by a number of 64 bits, not {delta}")
+    with connected(connect, timeout) as client:
+        number = client.incr(key, delta, ttl_seconds=ttl)
+    if as_json:
+        output.document({"key": key, "value": number})
+    else:
+        output.line(str(number))
+
+
 def delete(
     keys: Annotated[list[str], typer.Argument(metavar="KEY", show_default=False)],
+    if_version: IfVersion = None,
     connect: Connect = DEFAULT_CONNECT,
     timeout: Timeout = None,
     consistency: Level = None,
@@ -143,7 +260,8 @@ def delete(
 ) -> None:
     """Delete keys.
 
-    A key that held no value is no error. Where some could not be deleted, the others are.
+    A key that held no value is no error. Where some could not be deleted, the others are. With --if-version, which goes
+    through consensus, exit code 27 says that the key is at another version, or absent, and nothing was changed.
 
     --json prints {"existed": {key: whether it held a value}}.
 
@@ -152,11 +270,19 @@ def delete(
         agi-dht delete agent:42 agent:43
 
         agi-dht scan tmp: --keys-only | xargs -d '\\n' agi-dht delete
+
+        agi-dht delete job:7 --if-version 117700839942717440
     """
+    if if_version is not None and len(keys) > 1:
+        raise typer.BadParameter("--if-version is for a single key")
     for key in keys:
         encode_key(key)
+    _check_version(if_version)
     with connected(connect, timeout, consistency) as client:
-        existed = client.delete_many(dict.fromkeys(keys))
+        if if_version is None:
+            existed = client.delete_many(dict.fromkeys(keys))
+        else:
+            existed = {keys[0]: client.delete(keys[0], if_version=if_version)}
     if as_json:
         output.document({"existed": existed})
         return

@@ -16,11 +16,16 @@ Conventions
             then, unless all of that write failed and nothing of it was stored: then it tries again. After
             OUTCOME_UNKNOWN (code 40) a write without the pair must not be repeated blindly: an older value could
             overwrite a newer one.
+  Condition A write with a condition, CompareAndSet and Increment are linearizable for their key, whatever fails; the
+            key is under consensus from then on, and plain writes of it are ordered with them. Where the condition does
+            not hold nothing is changed: code 43, FAILED_PRECONDITION, with the key's `current_version`. Such a call
+            that is repeated under its pair takes effect once, at whichever node, also after OUTCOME_UNKNOWN; `retry`
+            says that it may have been made before. Codes 30 to 33 speak of the try alone that they end.
   Tracing   a call may carry the metadata `x-correlation-id`: up to 128 printable ASCII characters, which the nodes
             log with what they do for the call.
 
-Compatibility: fields and methods are only added. Reserved numbers belong to features that are planned (conditional
-writes, locks, membership); the reservation is lifted where the feature is added.
+Compatibility: fields and methods are only added. Reserved numbers belong to features that are planned (locks,
+membership); the reservation is lifted where the feature is added.
 """
 
 from collections import abc as _abc
@@ -53,6 +58,8 @@ class _ConsistencyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Consisten
     """A majority. A quorum read sees every quorum write that was acknowledged before it began."""
     CONSISTENCY_ALL: _Consistency.ValueType  # 3
     """Every replica. Fails while any of them is unreachable."""
+    CONSISTENCY_LINEARIZABLE: _Consistency.ValueType  # 4
+    """A majority; and writes go through consensus, so that they cannot overtake each other."""
 
 class Consistency(_Consistency, metaclass=_ConsistencyEnumTypeWrapper):
     """How many replicas of a key a call waits for. Quorums are of the replication factor, never of the nodes that are up."""
@@ -65,6 +72,8 @@ CONSISTENCY_QUORUM: Consistency.ValueType  # 2
 """A majority. A quorum read sees every quorum write that was acknowledged before it began."""
 CONSISTENCY_ALL: Consistency.ValueType  # 3
 """Every replica. Fails while any of them is unreachable."""
+CONSISTENCY_LINEARIZABLE: Consistency.ValueType  # 4
+"""A majority; and writes go through consensus, so that they cannot overtake each other."""
 Global___Consistency: _TypeAlias = Consistency  # noqa: Y015
 
 class _MemberStatus:
@@ -106,11 +115,12 @@ class ErrorDetail(_message.Message):
     NEEDED_FIELD_NUMBER: _builtins.int
     ANSWERED_FIELD_NUMBER: _builtins.int
     RETRYABLE_FIELD_NUMBER: _builtins.int
+    CURRENT_VERSION_FIELD_NUMBER: _builtins.int
     code: _builtins.int
-    """Stable number of the kind of error: 10-15 invalid request, 30 too few replicas (nothing was written), 31 node not
+    """Stable number of the kind of error: 10-16 invalid request, 30 too few replicas (nothing was written), 31 node not
     ready, 32 overloaded, 33 a batch whose values did not fit one message (ask again for this key), 40 outcome
-    unknown, 41 clock skew, 42 stale epoch, 50-54 cluster mismatch, 60-65 storage,
-    70-74 transport. A client treats an unknown number like the tens that it belongs to.
+    unknown, 41 clock skew, 42 stale epoch, 43 a condition did not hold (nothing was changed), 50-56 cluster mismatch,
+    60-65 storage, 70-74 transport. A client treats an unknown number like the tens that it belongs to.
     """
     message: _builtins.str
     """For people; at most 2 KiB of it travel."""
@@ -120,6 +130,8 @@ class ErrorDetail(_message.Message):
     """How many of them had answered when it failed."""
     retryable: _builtins.bool
     """Whether the same call can succeed later as it is."""
+    current_version: _builtins.int
+    """With code 43: the version that the key has, 0 where it is absent."""
     def __init__(
         self,
         *,
@@ -128,10 +140,11 @@ class ErrorDetail(_message.Message):
         needed: _builtins.int = ...,
         answered: _builtins.int = ...,
         retryable: _builtins.bool = ...,
+        current_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered", "code", b"code", "message", b"message", "needed", b"needed", "retryable", b"retryable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered", "code", b"code", "current_version", b"current_version", "message", b"message", "needed", b"needed", "retryable", b"retryable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -230,6 +243,9 @@ class PutRequest(_message.Message):
     TTL_MS_FIELD_NUMBER: _builtins.int
     CLIENT_ID_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    IF_VERSION_FIELD_NUMBER: _builtins.int
+    IF_ABSENT_FIELD_NUMBER: _builtins.int
+    RETRY_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     value: _builtins.bytes
     consistency: Global___Consistency.ValueType
@@ -239,6 +255,14 @@ class PutRequest(_message.Message):
     """Random name of the client, the same for all its calls; empty without idempotent retry."""
     sequence: _builtins.int
     """Number of this write, from 1, unique within the client_id; a retry repeats it."""
+    if_version: _builtins.int
+    """Write only over this version. Excludes `if_absent`; with either of them `consistency` has no say."""
+    if_absent: _builtins.bool
+    """Write only if the key holds no value."""
+    retry: _builtins.bool
+    """This write, which has a condition and a pair, may have been made before. If too many others came since to tell
+    whether it took effect, it ends with code 40 instead of being made again. Plain writes cannot tell, and refuse it.
+    """
     def __init__(
         self,
         *,
@@ -248,12 +272,17 @@ class PutRequest(_message.Message):
         ttl_ms: _builtins.int = ...,
         client_id: _builtins.str = ...,
         sequence: _builtins.int = ...,
+        if_version: _builtins.int | None = ...,
+        if_absent: _builtins.bool = ...,
+        retry: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_if_version", b"_if_version", "if_version", b"if_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "consistency", b"consistency", "key", b"key", "sequence", b"sequence", "ttl_ms", b"ttl_ms", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_if_version", b"_if_version", "client_id", b"client_id", "consistency", b"consistency", "if_absent", b"if_absent", "if_version", b"if_version", "key", b"key", "retry", b"retry", "sequence", b"sequence", "ttl_ms", b"ttl_ms", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__if_version: _TypeAlias = _typing.Literal["if_version"]  # noqa: Y015
+    _WhichOneofArgType__if_version: _TypeAlias = _typing.Literal["_if_version", b"_if_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__if_version) -> _WhichOneofReturnType__if_version | None: ...
 
 Global___PutRequest: _TypeAlias = PutRequest  # noqa: Y015
 
@@ -285,11 +314,17 @@ class DeleteRequest(_message.Message):
     CONSISTENCY_FIELD_NUMBER: _builtins.int
     CLIENT_ID_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    IF_VERSION_FIELD_NUMBER: _builtins.int
+    RETRY_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     consistency: Global___Consistency.ValueType
     client_id: _builtins.str
     """As in PutRequest."""
     sequence: _builtins.int
+    """As in PutRequest."""
+    if_version: _builtins.int
+    """Delete only this version."""
+    retry: _builtins.bool
     """As in PutRequest."""
     def __init__(
         self,
@@ -298,12 +333,16 @@ class DeleteRequest(_message.Message):
         consistency: Global___Consistency.ValueType = ...,
         client_id: _builtins.str = ...,
         sequence: _builtins.int = ...,
+        if_version: _builtins.int | None = ...,
+        retry: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_if_version", b"_if_version", "if_version", b"if_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "consistency", b"consistency", "key", b"key", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_if_version", b"_if_version", "client_id", b"client_id", "consistency", b"consistency", "if_version", b"if_version", "key", b"key", "retry", b"retry", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__if_version: _TypeAlias = _typing.Literal["if_version"]  # noqa: Y015
+    _WhichOneofArgType__if_version: _TypeAlias = _typing.Literal["_if_version", b"_if_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__if_version) -> _WhichOneofReturnType__if_version | None: ...
 
 Global___DeleteRequest: _TypeAlias = DeleteRequest  # noqa: Y015
 
@@ -326,6 +365,139 @@ class DeleteResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteResponse: _TypeAlias = DeleteResponse  # noqa: Y015
+
+@_typing.final
+class CompareAndSetRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    EXPECTED_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    TTL_MS_FIELD_NUMBER: _builtins.int
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    RETRY_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    expected: _builtins.bytes
+    """What the key has to hold; unset: no value. An empty value is a value."""
+    value: _builtins.bytes
+    """What it holds then; unset: nothing, it is deleted."""
+    ttl_ms: _builtins.int
+    """As in PutRequest."""
+    client_id: _builtins.str
+    """As in PutRequest."""
+    sequence: _builtins.int
+    """As in PutRequest."""
+    retry: _builtins.bool
+    """As in PutRequest."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        expected: _builtins.bytes | None = ...,
+        value: _builtins.bytes | None = ...,
+        ttl_ms: _builtins.int = ...,
+        client_id: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        retry: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected", b"_expected", "_value", b"_value", "expected", b"expected", "value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected", b"_expected", "_value", b"_value", "client_id", b"client_id", "expected", b"expected", "key", b"key", "retry", b"retry", "sequence", b"sequence", "ttl_ms", b"ttl_ms", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected: _TypeAlias = _typing.Literal["expected"]  # noqa: Y015
+    _WhichOneofArgType__expected: _TypeAlias = _typing.Literal["_expected", b"_expected"]  # noqa: Y015
+    _WhichOneofReturnType__value: _TypeAlias = _typing.Literal["value"]  # noqa: Y015
+    _WhichOneofArgType__value: _TypeAlias = _typing.Literal["_value", b"_value"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected) -> _WhichOneofReturnType__expected | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__value) -> _WhichOneofReturnType__value | None: ...
+
+Global___CompareAndSetRequest: _TypeAlias = CompareAndSetRequest  # noqa: Y015
+
+@_typing.final
+class CompareAndSetResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The version that the value, or the deletion, got."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompareAndSetResponse: _TypeAlias = CompareAndSetResponse  # noqa: Y015
+
+@_typing.final
+class IncrementRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    TTL_MS_FIELD_NUMBER: _builtins.int
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    RETRY_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    delta: _builtins.int
+    """What is added to the counter, which is 0 where the key holds no value."""
+    ttl_ms: _builtins.int
+    """Time to live from now; 0 keeps the one that the counter has."""
+    client_id: _builtins.str
+    """As in PutRequest."""
+    sequence: _builtins.int
+    """As in PutRequest."""
+    retry: _builtins.bool
+    """As in PutRequest."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        delta: _builtins.int = ...,
+        ttl_ms: _builtins.int = ...,
+        client_id: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        retry: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "delta", b"delta", "key", b"key", "retry", b"retry", "sequence", b"sequence", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IncrementRequest: _TypeAlias = IncrementRequest  # noqa: Y015
+
+@_typing.final
+class IncrementResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    value: _builtins.int
+    """What the counter is then."""
+    version: _builtins.int
+    """The version that it got."""
+    def __init__(
+        self,
+        *,
+        value: _builtins.int = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["value", b"value", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IncrementResponse: _TypeAlias = IncrementResponse  # noqa: Y015
 
 @_typing.final
 class ScanRequest(_message.Message):

@@ -54,6 +54,16 @@ class DHTStub(object):
                 request_serializer=agi_dot_core_dot_dht_dot_proto_dot_dht__pb2.ScanRequest.SerializeToString,
                 response_deserializer=agi_dot_core_dot_dht_dot_proto_dot_dht__pb2.ScanResponse.FromString,
                 _registered_method=True)
+        self.CompareAndSet = channel.unary_unary(
+                '/agi.core.dht.v1.DHT/CompareAndSet',
+                request_serializer=agi_dot_core_dot_dht_dot_proto_dot_dht__pb2.CompareAndSetRequest.SerializeToString,
+                response_deserializer=agi_dot_core_dot_dht_dot_proto_dot_dht__pb2.CompareAndSetResponse.FromString,
+                _registered_method=True)
+        self.Increment = channel.unary_unary(
+                '/agi.core.dht.v1.DHT/Increment',
+                request_serializer=agi_dot_core_dot_dht_dot_proto_dot_dht__pb2.IncrementRequest.SerializeToString,
+                response_deserializer=agi_dot_core_dot_dht_dot_proto_dot_dht__pb2.IncrementResponse.FromString,
+                _registered_method=True)
         self.BatchGet = channel.unary_unary(
                 '/agi.core.dht.v1.DHT/BatchGet',
                 request_serializer=agi_dot_core_dot_dht_dot_proto_dot_dht__pb2.BatchGetRequest.SerializeToString,
@@ -117,6 +127,20 @@ class DHTServicer(object):
 
     def Scan(self, request, context):
         """Reads one page of a range of keys, in the order of their UTF-8 bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CompareAndSet(self, request, context):
+        """Writes or deletes one key if it holds a certain value.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Increment(self, request, context):
+        """Adds to a counter: a value that is a decimal number of 64 bits, as text.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -197,6 +221,16 @@ def add_DHTServicer_to_server(servicer, server):
                     servicer.Scan,
                     request_deserializer=agi_dot_core_dot_dht_dot_proto_dot_dht__pb2.ScanRequest.FromString,
                     response_serializer=agi_dot_core_dot_dht_dot_proto_dot_dht__pb2.ScanResponse.SerializeToString,
+            ),
+            'CompareAndSet': grpc.unary_unary_rpc_method_handler(
+                    servicer.CompareAndSet,
+                    request_deserializer=agi_dot_core_dot_dht_dot_proto_dot_dht__pb2.CompareAndSetRequest.FromString,
+                    response_serializer=agi_dot_core_dot_dht_dot_proto_dot_dht__pb2.CompareAndSetResponse.SerializeToString,
+            ),
+            'Increment': grpc.unary_unary_rpc_method_handler(
+                    servicer.Increment,
+                    request_deserializer=agi_dot_core_dot_dht_dot_proto_dot_dht__pb2.IncrementRequest.FromString,
+                    response_serializer=agi_dot_core_dot_dht_dot_proto_dot_dht__pb2.IncrementResponse.SerializeToString,
             ),
             'BatchGet': grpc.unary_unary_rpc_method_handler(
                     servicer.BatchGet,
@@ -342,6 +376,60 @@ class DHT(object):
             '/agi.core.dht.v1.DHT/Scan',
             agi_dot_core_dot_dht_dot_proto_dot_dht__pb2.ScanRequest.SerializeToString,
             agi_dot_core_dot_dht_dot_proto_dot_dht__pb2.ScanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompareAndSet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agi.core.dht.v1.DHT/CompareAndSet',
+            agi_dot_core_dot_dht_dot_proto_dot_dht__pb2.CompareAndSetRequest.SerializeToString,
+            agi_dot_core_dot_dht_dot_proto_dot_dht__pb2.CompareAndSetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Increment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agi.core.dht.v1.DHT/Increment',
+            agi_dot_core_dot_dht_dot_proto_dot_dht__pb2.IncrementRequest.SerializeToString,
+            agi_dot_core_dot_dht_dot_proto_dot_dht__pb2.IncrementResponse.FromString,
             options,
             channel_credentials,
             insecure,

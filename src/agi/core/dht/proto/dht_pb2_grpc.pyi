@@ -16,11 +16,16 @@ Conventions
             then, unless all of that write failed and nothing of it was stored: then it tries again. After
             OUTCOME_UNKNOWN (code 40) a write without the pair must not be repeated blindly: an older value could
             overwrite a newer one.
+  Condition A write with a condition, CompareAndSet and Increment are linearizable for their key, whatever fails; the
+            key is under consensus from then on, and plain writes of it are ordered with them. Where the condition does
+            not hold nothing is changed: code 43, FAILED_PRECONDITION, with the key's `current_version`. Such a call
+            that is repeated under its pair takes effect once, at whichever node, also after OUTCOME_UNKNOWN; `retry`
+            says that it may have been made before. Codes 30 to 33 speak of the try alone that they end.
   Tracing   a call may carry the metadata `x-correlation-id`: up to 128 printable ASCII characters, which the nodes
             log with what they do for the call.
 
-Compatibility: fields and methods are only added. Reserved numbers belong to features that are planned (conditional
-writes, locks, membership); the reservation is lifted where the feature is added.
+Compatibility: fields and methods are only added. Reserved numbers belong to features that are planned (locks,
+membership); the reservation is lifted where the feature is added.
 """
 
 from agi.core.dht.proto import dht_pb2 as _dht_pb2
@@ -59,6 +64,10 @@ class DHTStub:
     """Deletes one key. Deleting an absent key succeeds."""
     Scan: _grpc.UnaryUnaryMultiCallable[_dht_pb2.ScanRequest, _dht_pb2.ScanResponse]
     """Reads one page of a range of keys, in the order of their UTF-8 bytes."""
+    CompareAndSet: _grpc.UnaryUnaryMultiCallable[_dht_pb2.CompareAndSetRequest, _dht_pb2.CompareAndSetResponse]
+    """Writes or deletes one key if it holds a certain value."""
+    Increment: _grpc.UnaryUnaryMultiCallable[_dht_pb2.IncrementRequest, _dht_pb2.IncrementResponse]
+    """Adds to a counter: a value that is a decimal number of 64 bits, as text."""
     BatchGet: _grpc.UnaryUnaryMultiCallable[_dht_pb2.BatchGetRequest, _dht_pb2.BatchGetResponse]
     """Reads many keys. Each key succeeds or fails by itself."""
     BatchPut: _grpc.UnaryUnaryMultiCallable[_dht_pb2.BatchPutRequest, _dht_pb2.BatchPutResponse]
@@ -90,6 +99,10 @@ class DHTAsyncStub(DHTStub):
     """Deletes one key. Deleting an absent key succeeds."""
     Scan: _aio.UnaryUnaryMultiCallable[_dht_pb2.ScanRequest, _dht_pb2.ScanResponse]  # type: ignore[assignment]
     """Reads one page of a range of keys, in the order of their UTF-8 bytes."""
+    CompareAndSet: _aio.UnaryUnaryMultiCallable[_dht_pb2.CompareAndSetRequest, _dht_pb2.CompareAndSetResponse]  # type: ignore[assignment]
+    """Writes or deletes one key if it holds a certain value."""
+    Increment: _aio.UnaryUnaryMultiCallable[_dht_pb2.IncrementRequest, _dht_pb2.IncrementResponse]  # type: ignore[assignment]
+    """Adds to a counter: a value that is a decimal number of 64 bits, as text."""
     BatchGet: _aio.UnaryUnaryMultiCallable[_dht_pb2.BatchGetRequest, _dht_pb2.BatchGetResponse]  # type: ignore[assignment]
     """Reads many keys. Each key succeeds or fails by itself."""
     BatchPut: _aio.UnaryUnaryMultiCallable[_dht_pb2.BatchPutRequest, _dht_pb2.BatchPutResponse]  # type: ignore[assignment]
@@ -142,6 +155,22 @@ class DHTServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_dht_pb2.ScanResponse, _abc.Awaitable[_dht_pb2.ScanResponse]]:
         """Reads one page of a range of keys, in the order of their UTF-8 bytes."""
+
+    @_abc_1.abstractmethod
+    def CompareAndSet(
+        self,
+        request: _dht_pb2.CompareAndSetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_dht_pb2.CompareAndSetResponse, _abc.Awaitable[_dht_pb2.CompareAndSetResponse]]:
+        """Writes or deletes one key if it holds a certain value."""
+
+    @_abc_1.abstractmethod
+    def Increment(
+        self,
+        request: _dht_pb2.IncrementRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_dht_pb2.IncrementResponse, _abc.Awaitable[_dht_pb2.IncrementResponse]]:
+        """Adds to a counter: a value that is a decimal number of 64 bits, as text."""
 
     @_abc_1.abstractmethod
     def BatchGet(

@@ -300,6 +300,8 @@ def _churn(seed: int, turn: Turn | None) -> Scenario:
             batch_max=3,
             page_size=1000,
             all_share=0.0,
+            registers=rng.choice((0, 1, 3)),
+            counters=rng.choice((0, 1)),
         ),
         FaultPlan.draw(rng, nodes, safety_s=safety_s, mix=mix),
         rng.getrandbits(1) == 0,
@@ -381,6 +383,8 @@ def _workload(rng: random.Random, profile: Profile) -> Workload:
         batch_max=4,
         page_size=rng.choice((2, 1000)),
         all_share=rng.choice((0.0, 0.0, 0.1)),
+        registers=rng.choice((0, 1, 1, 2)),
+        counters=rng.choice((0, 1)),
     )
 
 

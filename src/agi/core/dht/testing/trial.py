@@ -15,9 +15,12 @@ from pathlib import Path
 
 from agi.core.dht.client import DHTClient
 from agi.core.dht.protocol.record import EXPIRES, FLAGS, HEADER, TOMBSTONE
+from agi.core.dht.testing import conditional
 from agi.core.dht.testing.checks import Call, Finding, History, Outcome, check_history, check_scan
 from agi.core.dht.testing.cluster import CONVERGE_S, SimCluster
 from agi.core.dht.testing.faults import FaultDriver
+from agi.core.dht.testing.history import History as Decisions
+from agi.core.dht.testing.history import Outcome as Decided
 from agi.core.dht.testing.report import Report, count_faults, guarded
 from agi.core.dht.testing.scenario import Profile, Scenario, Turn, address_of, churns
 from agi.core.dht.testing.simulation import Simulation
@@ -54,6 +57,7 @@ class _Trial:
         self.history = History()
         self.recorder = Recorder(sim, self.history)
         self.values = fresh_values()
+        self.decisions = Decisions(lambda: round(sim.now * 1e9))
         self.cluster = SimCluster(sim, scenario)
         self.driver = FaultDriver(
             sim, self.cluster.network, self.cluster.disks, self.cluster.boot, scenario.plan, self.cluster.lose
@@ -72,6 +76,7 @@ class _Trial:
             self.recorder,
             self.sim.stream(f"workload/{name}"),
             self.values,
+            self.decisions,
         )
 
     async def run(self) -> None:
@@ -97,6 +102,7 @@ class _Trial:
                     findings.append(kept)
                 await self._equal()
         findings += check_history(self.history)
+        findings += conditional.judge(self.decisions)
         findings += [Finding("deadline", f"{call} never returned") for call in unfinished(self.history.calls)]
         findings += self.cluster.check_topologies()
         findings += self.cluster.findings
@@ -138,7 +144,8 @@ class _Trial:
 
     async def _equal(self) -> None:
         """All replicas of every key become the same by themselves, and nothing is lost on the way."""
-        names = self.scenario.workload.names
+        workload = self.scenario.workload
+        names = [*workload.names, *workload.register_names, *workload.counter_names]
         if self.scenario.settings["repair.interval_ms"]:
             different = await self.cluster.wait_equal(names)
             if different is not None:
@@ -161,6 +168,12 @@ class _Trial:
         else:
             live = {call.key: call.value for call in last if call is not None and call.value is not None}
             self.report.findings += check_scan(found, live)
+        for key in [*self.scenario.workload.register_names, *self.scenario.workload.counter_names]:
+            for _ in range(READ_ATTEMPTS_MAX):
+                if await self.judge.decisions.read(client, key, Consistency.LINEARIZABLE, READ_TIMEOUT_S):
+                    break
+            else:
+                self.report.findings.append(Finding("healed", f"{key} cannot be read"))
         await client.close()
 
     async def _read(self, client: DHTClient, key: str, level: Consistency) -> Call | None:
@@ -192,6 +205,11 @@ class _Trial:
         calls = Counter(call.outcome for call in self.history.calls)
         report.counts["acknowledged"] = self.history.acknowledged()
         report.counts["calls"] = len(self.history.calls)
+        decided = Counter(operation.outcome for operation in self.decisions.operations)
+        report.counts["decisions"] = len(self.decisions.operations)
+        report.counts["of these decided"] = decided[Decided.OK]
+        report.counts["rounds of consensus"] = sum(each.rounds for each in metrics)
+        report.counts["preempted"] = sum(each.rounds_preempted for each in metrics)
         report.counts["unknown"] = calls[Outcome.UNKNOWN]
         report.counts["failed"] = calls[Outcome.FAILED]
         count_faults(report, self.cluster, self.driver)

@@ -16,6 +16,8 @@ from agi.core.dht.client import DHTClient
 from agi.core.dht.errors import BatchError, ClockSkew, DHTError, InvalidRequest, Unavailable
 from agi.core.dht.protocol.timers import TICK_S
 from agi.core.dht.testing.checks import Action, Call, History, Outcome
+from agi.core.dht.testing.conditional import ConditionalWork
+from agi.core.dht.testing.history import History as Decisions
 from agi.core.dht.testing.host import Host
 from agi.core.dht.testing.simulation import Simulation
 from agi.core.dht.types import Consistency
@@ -56,6 +58,7 @@ class Workload:
         batch_max: keys of a batch, at most.
         page_size: of scans.
         all_share: share of reads and writes at consistency ALL.
+        registers, counters: keys under consensus, of which each client has one worker.
     """
 
     clients: int
@@ -67,10 +70,20 @@ class Workload:
     batch_max: int
     page_size: int
     all_share: float
+    registers: int = 0
+    counters: int = 0
 
     @property
     def names(self) -> list[str]:
         return [f"{PREFIX}{number:02d}" for number in range(self.keys)]
+
+    @property
+    def register_names(self) -> list[str]:
+        return [f"register:{number}" for number in range(self.registers)]
+
+    @property
+    def counter_names(self) -> list[str]:
+        return [f"counter:{number}" for number in range(self.counters)]
 
 
 class Recorder:
@@ -127,6 +140,7 @@ class Client:
         recorder: Recorder,
         rng: random.Random,
         value_of: Callable[[], bytes],
+        decisions: Decisions,
     ) -> None:
         self.host = host
         self.stop = False
@@ -136,6 +150,9 @@ class Client:
         self._recorder = recorder
         self._rng = rng
         self._value_of = value_of
+        self.decisions = ConditionalWork(
+            host.name, decisions, workload.register_names, workload.counter_names, rng, value_of
+        )
 
     async def main(self) -> None:
         client = await self.connected()
@@ -144,6 +161,8 @@ class Client:
         async with asyncio.TaskGroup() as group:
             for _ in range(self._workload.workers):
                 group.create_task(self._work(client))
+            if self._workload.registers or self._workload.counters:
+                group.create_task(self._decide(client))
         await client.close()
 
     async def connected(self) -> DHTClient | None:
@@ -169,6 +188,13 @@ class Client:
                 return
             level = Consistency.ALL if rng.uniform(0.0, 1.0) < workload.all_share else Consistency.QUORUM
             await self.perform(client, rng.choices(names, weights)[0], level)
+
+    async def _decide(self, client: DHTClient) -> None:
+        while True:
+            await asyncio.sleep(self._rng.expovariate(1.0 / self._workload.think_s))
+            if self.stop:
+                return
+            await self.decisions.perform(client, self._workload.timeout_s)
 
     async def perform(self, client: DHTClient, operation: Operation, level: Consistency) -> None:
         """One call with drawn keys, recorded."""

@@ -27,6 +27,7 @@ _STATUS: tuple[tuple[type[DHTError], grpc.StatusCode], ...] = (  # the first cla
     (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
     (errors.OutcomeUnknown, grpc.StatusCode.UNKNOWN),  # not UNAVAILABLE: many clients repeat that by themselves
     (errors.StaleEpoch, grpc.StatusCode.ABORTED),
+    (errors.VersionConflict, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.StorageFull, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.StorageCorrupt, grpc.StatusCode.DATA_LOSS),
     (errors.StorageError, grpc.StatusCode.INTERNAL),
@@ -56,7 +57,14 @@ _BARE: dict[grpc.StatusCode, type[DHTError]] = {
 def error_detail(error: DHTError) -> ErrorDetail:
     """The error as the gRPC wire carries it."""
     code, message, needed, answered = error.to_wire()
-    return ErrorDetail(code=code, message=_cut(message), needed=needed, answered=answered, retryable=error.retryable)
+    return ErrorDetail(
+        code=code,
+        message=_cut(message),
+        needed=needed,
+        answered=answered,
+        retryable=error.retryable,
+        current_version=error.version if isinstance(error, errors.VersionConflict) else 0,
+    )
 
 
 def to_status(error: DHTError) -> tuple[grpc.StatusCode, tuple[tuple[str, bytes], ...]]:
@@ -81,7 +89,10 @@ def from_rpc_error(error: aio.AioRpcError) -> DHTError:
         if key == ERROR_METADATA_KEY and isinstance(value, bytes):
             with contextlib.suppress(DecodeError):
                 detail = ErrorDetail.FromString(value)
-                return errors.from_wire(detail.code, detail.message, detail.needed, detail.answered)
+                found = errors.from_wire(detail.code, detail.message, detail.needed, detail.answered)
+                if isinstance(found, errors.VersionConflict):
+                    found.version = detail.current_version
+                return found
     kind = _BARE.get(error.code(), errors.OutcomeUnknown)
     details = error.details() or ""
     if kind is errors.Overloaded and "larger than max" in details:
