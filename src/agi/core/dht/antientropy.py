@@ -310,7 +310,8 @@ class AntiEntropy:
         """Whether a record may still be under way: it was written within the deadline of a request. One of the future
         is not: its writer's clock was wrong, or this one was set back, and may stay so for long."""
         wall_ms, timeout_ms, skew_ms = self._clock.wall_ms, self._timeout_s * 1000, self._skew_ms
-        return lambda hlc: -skew_ms <= wall_ms() - physical_ms(hlc & ~REGISTERED) < timeout_ms
+        # a ballot's time only counts, it tells nothing of when the value was accepted
+        return lambda hlc: hlc < REGISTERED and -skew_ms <= wall_ms() - physical_ms(hlc) < timeout_ms
 
     async def _ask(self, name: str, message: Any, counts: Totals) -> Reply:
         sent = len(encode(message))

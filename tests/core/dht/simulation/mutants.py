@@ -17,7 +17,7 @@ from unittest import mock
 
 import msgspec
 
-from agi.core.dht import node, tree_answers
+from agi.core.dht import acceptor, node, registers, tree_answers
 from agi.core.dht.epochs import Epochs
 from agi.core.dht.errors import Unavailable
 from agi.core.dht.hello import KnownBoots, check_hello
@@ -27,14 +27,16 @@ from agi.core.dht.node import Node
 from agi.core.dht.protocol import dissemination
 from agi.core.dht.protocol.bootstrap import Bootstrap, StoreTopology, StoreVote
 from agi.core.dht.protocol.commit import GroupCommit
+from agi.core.dht.protocol.consensus import Round, round_of, state_of
 from agi.core.dht.protocol.dedup import RequestTable
 from agi.core.dht.protocol.floors import is_dead
-from agi.core.dht.protocol.messages import HINT, Claim, Hello, TreeRoot, TreeRootReply
+from agi.core.dht.protocol.messages import FRESH, HINT, Claim, Hello, TreeRoot, TreeRootReply
 from agi.core.dht.protocol.quorum import JointReadQuorum, JointWriteQuorum, ReadQuorum, WriteQuorum
 from agi.core.dht.protocol.record import EXPIRES, FLAGS, HEADER, created_ms_of, hlc_of, pack
 from agi.core.dht.protocol.register import Proposer, Reply, State
 from agi.core.dht.protocol.versioning import writer_id
 from agi.core.dht.reclaim import Reclaimer
+from agi.core.dht.registers import Registers
 from agi.core.dht.replica import Replica
 from agi.core.dht.testing.formation import run_formation
 from agi.core.dht.testing.report import Report
@@ -367,6 +369,161 @@ def _wiped_disk_accepted() -> AbstractContextManager[Any]:
     return patches
 
 
+# --- consensus
+
+
+def _round_with_one_vote() -> AbstractContextManager[object]:
+    return mock.patch.object(Round, "_enough", lambda self: True)
+
+
+def _promise_not_persisted() -> AbstractContextManager[object]:
+    """The store forgets promises; the process that gave them knows them."""
+    submit = GroupCommit.submit
+
+    def forgetful(self: Any, records: Any, inserts: Any, reply: Any, promises: Any = None) -> Any:
+        kept = {key: promise for key, promise in (promises or {}).items() if not promise}
+        return submit(self, records, inserts, reply, kept)
+
+    return mock.patch.object(GroupCommit, "submit", forgetful)
+
+
+def _acceptance_before_sync() -> AbstractContextManager[object]:
+    decide = Replica.decide
+
+    def hasty(self: Any, keys: Any, what: Any, done: Any) -> None:
+        told: list[object] = []
+
+        def once(error: Any) -> None:
+            if not told:
+                told.append(error)
+                done(error)
+
+        decide(self, keys, what, once)
+        once(None)
+
+    return mock.patch.object(Replica, "decide", hasty)
+
+
+def _ballots_reused_after_a_restart() -> AbstractContextManager[object]:
+    """Ballots do not name the boot, and a restart finds the clock where it was."""
+    first = Registers.__init__
+
+    def init(self: Any, *args: Any) -> None:
+        first(self, *args)
+        self._proposer &= ~0xFFFFFFFF
+
+    def begin(self: Any, key: Any) -> None:
+        wall, self._clock = self._clock, _RoundClock(self._clock)
+        try:
+            real_begin(self, key)
+        finally:
+            self._clock = wall
+
+    real_begin = Registers._begin
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(Registers, "__init__", init))
+    stack.enter_context(mock.patch.object(Registers, "_begin", begin))
+    return stack
+
+
+class _RoundClock:
+    """Goes in steps of 3 s: a process that comes back sooner begins where it began before."""
+
+    def __init__(self, clock: Any) -> None:
+        self.monotonic = clock.monotonic
+        self._wall_ms = clock.wall_ms
+
+    def wall_ms(self) -> int:
+        return int(self._wall_ms()) // 3000 * 3000
+
+
+def _plain_put_past_a_register() -> AbstractContextManager[object]:
+    """Plain puts go by the value's version, as if there were no register."""
+    merge = Replica._merge
+
+    def careless(self: Any, mode: int, keys: Any, records: Any, headers: Any, want_live: bool) -> Any:
+        if mode == FRESH:
+            headers = [bytes(HEADER) if header and header[0] & 0x80 else header for header in headers]
+        return merge(self, mode, keys, records, headers, want_live)
+
+    return mock.patch.object(Replica, "_merge", careless)
+
+
+def _registered_at_acceptance() -> AbstractContextManager[object]:
+    """A promise does not keep plain puts out yet."""
+    return mock.patch.object(Replica, "_promised", lambda self, keys, records, superseded: set())
+
+
+def _round_over_two_epochs() -> AbstractContextManager[object]:
+    """Rounds go on under the next epoch with the replicas that they began with."""
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(Registers, "adopt", lambda self: None))
+    stack.enter_context(mock.patch.object(registers._Frame, "restart", lambda self: None))
+    return stack
+
+
+def _registers_left_behind() -> AbstractContextManager[object]:
+    """A change of members brings plain records only."""
+    lacking = Migration._lacking
+
+    def plain(self: Any, mine: Any, listed: Any) -> Any:
+        return lacking(self, mine, [(token, version) for token, version in listed if version[0] < 0x80])
+
+    return mock.patch.object(Migration, "_lacking", plain)
+
+
+def _registers_by_version() -> AbstractContextManager[object]:
+    """Of two accepted values the one with the later version counts, whatever their ballots."""
+
+    def promised(self: Any, replica: str, record: Any) -> bool:
+        if self.accepting or replica in self._answered:
+            return False
+        self._answered.add(replica)
+        if record is not None and (self.found is None or state_of(record).version > state_of(self.found).version):
+            self.found = record
+        return bool(self._enough())
+
+    def judge(record: bytes, promise: bytes, held: Any) -> Any:
+        if round_of(record) < promise:
+            return promise
+        if held is not None and state_of(held).version > state_of(record).version:
+            return max(promise, round_of(held)) if held[0] & 0x80 else None
+        return None
+
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(Round, "promised", promised))
+    stack.enter_context(mock.patch.object(acceptor, "judge_accept", judge))
+    return stack
+
+
+def _conflict_on_a_value_not_chosen() -> AbstractContextManager[object]:
+    propose = Registers._propose
+
+    def hasty(self: Any, key: Any, base: Any) -> None:
+        propose(self, key, base)
+        for waiting, result in zip(key.taken, key.results, strict=True):
+            if result.error is not None:
+                self._answer(waiting, result)
+
+    return mock.patch.object(Registers, "_propose", hasty)
+
+
+def _retry_without_a_name() -> AbstractContextManager[object]:
+    return mock.patch.object(registers, "outcome", lambda op, state, first: None)
+
+
+def _reads_of_what_was_accepted_once() -> AbstractContextManager[object]:
+    """A read takes the newest ballot that it sees for chosen."""
+    step = ReadQuorum.step
+
+    def careless(self: Any) -> Any:
+        outcome = step(self)
+        self.contested.clear()
+        return outcome
+
+    return mock.patch.object(ReadQuorum, "step", careless)
+
+
 MUTANTS = (
     Mutant("w-is-one", "a write is acknowledged by W replicas", _w_is_one, Profile.NETWORK),
     Mutant("ack-before-persist", "D1: persist before send", _acknowledge_before_persist, Profile.POWER),
@@ -400,6 +557,30 @@ MUTANTS = (
     Mutant("reclaimed-by-time", "G1: a tombstone goes by agreement", _reclaimed_by_time_alone, Profile.NETWORK),
     Mutant("closed-unlevelled", "G1: who closes has what others had", _closed_without_a_look, Profile.NETWORK),
     Mutant("wiped-disk", "I1: a name with another disk is another", _wiped_disk_accepted, Profile.CHURN, Turn.LOSE),
+    Mutant("round-of-one", "R: a quorum promises and accepts", _round_with_one_vote, Profile.CONSENSUS),
+    Mutant("promise-forgotten", "D1: a promise is durable first", _promise_not_persisted, Profile.CONSENSUS),
+    Mutant(
+        "hasty-acceptance",
+        "D1: an acceptance is durable first",
+        _acceptance_before_sync,
+        Profile.CONSENSUS,
+    ),
+    Mutant("ballot-reused", "R3: a ballot is used once", _ballots_reused_after_a_restart, Profile.CONSENSUS),
+    Mutant(
+        "plain-past-register",
+        "R1: plain puts take the path of the register",
+        _plain_put_past_a_register,
+        Profile.CONSENSUS,
+    ),
+    Mutant("registered-late", "R1: a promise makes the register", _registered_at_acceptance, Profile.CONSENSUS),
+    Mutant("round-over-epochs", "R6: an epoch ends every round", _round_over_two_epochs, Profile.CHURN, Turn.MOVE),
+    Mutant("register-left-behind", "R2: a change moves registers", _registers_left_behind, Profile.CHURN, Turn.MOVE),
+    Mutant("register-by-version", "R2: registers compare by ballot", _registers_by_version, Profile.CONSENSUS),
+    Mutant(
+        "hasty-conflict", "R5: a conflict is told of a chosen value", _conflict_on_a_value_not_chosen, Profile.CONSENSUS
+    ),
+    Mutant("nameless-retry", "R4: an operation finds itself", _retry_without_a_name, Profile.CONSENSUS),
+    Mutant("unchosen-read", "R9: a read shows what was chosen", _reads_of_what_was_accepted_once, Profile.CONSENSUS),
 )
 
 

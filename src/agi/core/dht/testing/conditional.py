@@ -1,8 +1,8 @@
 """Work on keys under consensus in a simulated cluster: every call is recorded for the linearizability checker.
 
 Registers take compare-and-set, conditional and plain writes, deletes and reads; counters take additions and reads. A
-worker writes plainly only what it knows to be under consensus: a plain put of another key may take effect twice (V2),
-which no register does.
+plain write of a key that may not be under consensus yet can take effect twice (V2): its history has a second one of
+unknown outcome. Where keys are `fresh`, new ones come into being all the time, while others still use the old.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class ConditionalWork:
 
     Args:
         value_of: makes a value that nobody has written before.
+        fresh_s: how long a register is used before the next of its name; 0 for ever.
     """
 
     def __init__(
@@ -60,26 +61,31 @@ class ConditionalWork:
         counters: Sequence[str],
         rng: random.Random,
         value_of: Callable[[], bytes],
+        fresh_s: float,
+        now_s: Callable[[], float],
     ) -> None:
         self._process = process
         self._history = history
         self._registers = list(registers)
         self._counters = list(counters)
-        self._rng = rng
+        self.rng = rng
         self._value_of = value_of
+        self._fresh_s = fresh_s
+        self._now_s = now_s
         self._seen: dict[str, bytes | None] = {}
         self._established: set[str] = set()
         self._calls = 0
 
     async def perform(self, client: DHTClient, timeout: float) -> None:
         """One call, recorded."""
-        key = self._rng.choice([*self._registers, *self._counters])
+        key = self.rng.choice([*self._registers, *self._counters])
+        if self._fresh_s and key not in self._counters:
+            key = f"{key}.{int(self._now_s() / self._fresh_s)}"
         if key in self._counters:
             await self._count(client, key, timeout)
             return
-        what = self._rng.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
-        if what in (_Do.PLAIN_WRITE, _Do.DELETE) and key not in self._established:
-            what = _Do.CREATE
+        what = self.rng.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
+        twice = what in (_Do.PLAIN_WRITE, _Do.DELETE) and key not in self._established
         match what:
             case _Do.READ:
                 await self.read(client, key, Consistency.QUORUM, timeout)
@@ -89,6 +95,8 @@ class ConditionalWork:
                 value = self._value_of()
                 level = Consistency.LINEARIZABLE if what is _Do.WRITE else Consistency.QUORUM
                 handle = self._invoke(Function.WRITE, key, value.decode())
+                if twice:
+                    self._invoke(Function.WRITE, key, value.decode()).info()
                 try:
                     await client.put(key, value, consistency=level, timeout=timeout)
                 except DHTError as error:
@@ -98,6 +106,8 @@ class ConditionalWork:
                     self._knows(key, value)
             case _Do.DELETE:
                 handle = self._invoke(Function.DELETE, key, None)
+                if twice:
+                    self._invoke(Function.DELETE, key, None).info()
                 try:
                     await client.delete(key, timeout=timeout)
                 except DHTError as error:
@@ -114,7 +124,7 @@ class ConditionalWork:
                     Function.CAS, key, [None if expected is None else expected.decode(), value.decode()]
                 )
                 try:
-                    if what is _Do.CREATE and self._rng.getrandbits(1):
+                    if what is _Do.CREATE and self.rng.getrandbits(1):
                         await client.put(key, value, if_absent=True, timeout=timeout)
                     else:
                         await client.compare_and_set(key, expected, value, timeout=timeout)
@@ -167,10 +177,10 @@ class ConditionalWork:
         return True
 
     async def _count(self, client: DHTClient, key: str, timeout: float) -> None:
-        if self._rng.random() < 0.2:
+        if self.rng.random() < 0.2:
             await self.read(client, key, Consistency.QUORUM, timeout)
             return
-        delta = self._rng.choice((1, 1, 2, -1))
+        delta = self.rng.choice((1, 1, 2, -1))
         handle = self._invoke(Function.INCR, key, delta)
         try:
             total = await client.incr(key, delta, timeout=timeout)

@@ -38,6 +38,7 @@ class Profile(enum.StrEnum):
     CLOCKS = "clocks"
     CHAOS = "chaos"
     CHURN = "churn"
+    CONSENSUS = "consensus"
 
 
 _SHARES = {Profile.CALM: 1, Profile.NETWORK: 3, Profile.POWER: 3, Profile.CLOCKS: 2, Profile.CHAOS: 3}
@@ -45,6 +46,14 @@ _NETWORK = {FaultKind.PARTITION: 3.0, FaultKind.ONE_WAY: 4.0, FaultKind.CLOG: 2.
 _POWER = {FaultKind.CRASH: 2.0}
 _CLOCKS = {FaultKind.CLOCK_JUMP: 2.0, FaultKind.CRASH: 3.0}
 _CHAOS = {**_NETWORK, FaultKind.CRASH: 4.0, FaultKind.PAUSE: 4.0, FaultKind.CLOCK_JUMP: 4.0}
+_CONSENSUS = {
+    FaultKind.PARTITION: 2.0,
+    FaultKind.ONE_WAY: 2.0,
+    FaultKind.CLOG: 2.0,
+    FaultKind.CRASH: 2.0,
+    FaultKind.PAUSE: 2.0,
+    FaultKind.CLOCK_JUMP: 4.0,
+}
 _LINKS = LinkFaults(loss_chance=0.05, duplicate_chance=0.05, reorder_chance=0.2, reorder_s=0.05)
 _NO_DISK = DiskFaults()
 SLOW_DISK = DiskFaults(sync_s=(0.001, 0.02), slow_sync_chance=0.5, slow_sync_s=(0.02, 0.2))
@@ -61,14 +70,18 @@ _MIXES = {
         disk=SLOW_DISK,
     ),
     Profile.CHAOS: FaultMix(every_s=_CHAOS, for_s=(0.05, 3.0), links=_LINKS, disk=_DISK),
+    Profile.CONSENSUS: FaultMix(
+        every_s=_CONSENSUS, for_s=(0.02, 1.0), power_loss_chance=0.7, links=_LINKS, disk=SLOW_DISK
+    ),
 }  # fmt: skip
 _KEYS = (1, 2, 4, 8)
 _KEYS_HOT = (1, 1, 2, 4)
 """Versions can only meet where a key is written again and again."""
-_BLACKOUT_EVERY_S = {Profile.POWER: 1.5, Profile.CLOCKS: 1.5, Profile.CHAOS: 5.0}
+_BLACKOUT_EVERY_S = {Profile.CONSENSUS: 4.0, Profile.POWER: 1.5, Profile.CLOCKS: 1.5, Profile.CHAOS: 5.0}
 """Mean time between power cuts of the whole cluster."""
 
 CHURN_SHARE = 0.25
+CONSENSUS_SHARE = 0.15
 """Of all seeds."""
 _CHURN = FaultMix(
     every_s={FaultKind.DEAF: 0.3, FaultKind.UNTOLD: 3.0, FaultKind.CLOG: 8.0},
@@ -212,7 +225,7 @@ class Scenario:
             start_s,
             rng.getrandbits(2) == 0,
             rng.choice((0.0, 0.2, 1.0)),
-            _workload(rng, profile),
+            _workload(rng, profile, seed),
             _plan(rng, profile, nodes, safety_s),
             random.Random(f"{seed}/read last").getrandbits(1) == 0,
             joiners,
@@ -234,6 +247,11 @@ def churns(seed: int) -> bool:
     """Whether a seed of a cluster is one of churn, if nothing else is asked for. `draw` has no say in this, so that
     the bootstrap of the same number is about bootstrapping."""
     return random.Random(f"{seed}/churn").random() < CHURN_SHARE
+
+
+def decides(seed: int) -> bool:
+    """Whether a seed that does not churn is one of contended decisions."""
+    return random.Random(f"{seed}/consensus").random() < CONSENSUS_SHARE / (1 - CHURN_SHARE)
 
 
 def _churn(seed: int, turn: Turn | None) -> Scenario:
@@ -300,8 +318,8 @@ def _churn(seed: int, turn: Turn | None) -> Scenario:
             batch_max=3,
             page_size=1000,
             all_share=0.0,
-            registers=rng.choice((0, 1, 3)),
-            counters=rng.choice((0, 1)),
+            registers=(registers := random.Random(f"{seed}/registers")).choice((0, 1, 3)),
+            counters=registers.choice((0, 1)),
         ),
         FaultPlan.draw(rng, nodes, safety_s=safety_s, mix=mix),
         rng.getrandbits(1) == 0,
@@ -360,7 +378,9 @@ def _health(rng: random.Random) -> dict[str, object]:
     }
 
 
-def _workload(rng: random.Random, profile: Profile) -> Workload:
+def _workload(rng: random.Random, profile: Profile, seed: int) -> Workload:
+    if profile is Profile.CONSENSUS:
+        return _decisions(rng, rng.randint(2, 3))
     weights = {
         Operation.GET: 2.0,
         Operation.GET_ENTRY: 6.0,
@@ -383,8 +403,27 @@ def _workload(rng: random.Random, profile: Profile) -> Workload:
         batch_max=4,
         page_size=rng.choice((2, 1000)),
         all_share=rng.choice((0.0, 0.0, 0.1)),
-        registers=rng.choice((0, 1, 1, 2)),
-        counters=rng.choice((0, 1)),
+        registers=(registers := random.Random(f"{seed}/registers")).choice((0, 1, 1, 2)),
+        counters=registers.choice((0, 1)),
+    )
+
+
+def _decisions(rng: random.Random, clients: int) -> Workload:
+    """Contended registers and counters, with just so much plain work that all parts of the cluster are busy."""
+    return Workload(
+        clients,
+        workers=1,
+        keys=2,
+        weights={Operation.GET_ENTRY: 1.0, Operation.PUT: 1.0},
+        think_s=rng.choice((0.01, 0.03)),
+        timeout_s=rng.choice((0.3, 0.5, 1.0, 2.0)),
+        batch_max=2,
+        page_size=1000,
+        all_share=0.0,
+        registers=rng.choice((1, 1, 2)),
+        counters=1,
+        deciders=rng.choice((1, 2)),
+        fresh_s=rng.choice((0.0, 0.3, 1.0)),
     )
 
 

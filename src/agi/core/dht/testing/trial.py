@@ -22,7 +22,7 @@ from agi.core.dht.testing.faults import FaultDriver
 from agi.core.dht.testing.history import History as Decisions
 from agi.core.dht.testing.history import Outcome as Decided
 from agi.core.dht.testing.report import Report, count_faults, guarded
-from agi.core.dht.testing.scenario import Profile, Scenario, Turn, address_of, churns
+from agi.core.dht.testing.scenario import Profile, Scenario, Turn, address_of, churns, decides
 from agi.core.dht.testing.simulation import Simulation
 from agi.core.dht.testing.workload import CONNECT_TIMEOUT_S, Client, Recorder, fresh_values, unfinished
 from agi.core.dht.types import Consistency
@@ -44,6 +44,8 @@ def run_seed(
     """
     if profile is None and churns(seed):
         profile = Profile.CHURN
+    elif profile is None and decides(seed):
+        profile = Profile.CONSENSUS
     scenario = Scenario.draw(seed, profile, turn)
     report = Report(seed, str(scenario), str(scenario.plan), str(seed))
     return guarded(report, lambda sim: _Trial(sim, scenario, report).run(), LIMIT_S, trace_path)
@@ -77,6 +79,7 @@ class _Trial:
             self.sim.stream(f"workload/{name}"),
             self.values,
             self.decisions,
+            self.sim.stream(f"decisions/{name}"),
         )
 
     async def run(self) -> None:
@@ -144,8 +147,7 @@ class _Trial:
 
     async def _equal(self) -> None:
         """All replicas of every key become the same by themselves, and nothing is lost on the way."""
-        workload = self.scenario.workload
-        names = [*workload.names, *workload.register_names, *workload.counter_names]
+        names = [*self.scenario.workload.names, *self._decided_keys()]
         if self.scenario.settings["repair.interval_ms"]:
             different = await self.cluster.wait_equal(names)
             if different is not None:
@@ -168,13 +170,16 @@ class _Trial:
         else:
             live = {call.key: call.value for call in last if call is not None and call.value is not None}
             self.report.findings += check_scan(found, live)
-        for key in [*self.scenario.workload.register_names, *self.scenario.workload.counter_names]:
+        for key in self._decided_keys():
             for _ in range(READ_ATTEMPTS_MAX):
                 if await self.judge.decisions.read(client, key, Consistency.LINEARIZABLE, READ_TIMEOUT_S):
                     break
             else:
                 self.report.findings.append(Finding("healed", f"{key} cannot be read"))
         await client.close()
+
+    def _decided_keys(self) -> list[str]:
+        return list(dict.fromkeys(operation.key for operation in self.decisions.operations))
 
     async def _read(self, client: DHTClient, key: str, level: Consistency) -> Call | None:
         for _ in range(READ_ATTEMPTS_MAX):

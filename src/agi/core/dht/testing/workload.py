@@ -58,7 +58,9 @@ class Workload:
         batch_max: keys of a batch, at most.
         page_size: of scans.
         all_share: share of reads and writes at consistency ALL.
-        registers, counters: keys under consensus, of which each client has one worker.
+        registers, counters: keys under consensus.
+        deciders: workers of each client for those.
+        fresh_s: how long registers are used before new ones take their place; 0 for ever.
     """
 
     clients: int
@@ -72,6 +74,8 @@ class Workload:
     all_share: float
     registers: int = 0
     counters: int = 0
+    deciders: int = 1
+    fresh_s: float = 0.0
 
     @property
     def names(self) -> list[str]:
@@ -79,6 +83,7 @@ class Workload:
 
     @property
     def register_names(self) -> list[str]:
+        """Without what `fresh_s` adds to them."""
         return [f"register:{number}" for number in range(self.registers)]
 
     @property
@@ -141,6 +146,7 @@ class Client:
         rng: random.Random,
         value_of: Callable[[], bytes],
         decisions: Decisions,
+        decider: random.Random,
     ) -> None:
         self.host = host
         self.stop = False
@@ -151,7 +157,14 @@ class Client:
         self._rng = rng
         self._value_of = value_of
         self.decisions = ConditionalWork(
-            host.name, decisions, workload.register_names, workload.counter_names, rng, value_of
+            host.name,
+            decisions,
+            workload.register_names,
+            workload.counter_names,
+            decider,
+            value_of,
+            workload.fresh_s,
+            lambda: asyncio.get_running_loop().time(),
         )
 
     async def main(self) -> None:
@@ -162,7 +175,8 @@ class Client:
             for _ in range(self._workload.workers):
                 group.create_task(self._work(client))
             if self._workload.registers or self._workload.counters:
-                group.create_task(self._decide(client))
+                for _ in range(self._workload.deciders):
+                    group.create_task(self._decide(client))
         await client.close()
 
     async def connected(self) -> DHTClient | None:
@@ -191,7 +205,7 @@ class Client:
 
     async def _decide(self, client: DHTClient) -> None:
         while True:
-            await asyncio.sleep(self._rng.expovariate(1.0 / self._workload.think_s))
+            await asyncio.sleep(self.decisions.rng.expovariate(1.0 / self._workload.think_s))
             if self.stop:
                 return
             await self.decisions.perform(client, self._workload.timeout_s)
