@@ -14,8 +14,9 @@ import structlog
 
 from agi.core.dht.changes import Order
 from agi.core.dht.errors import DHTError, InvalidRequest, NotReady, Overloaded, TransportError, from_wire
+from agi.core.dht.protocol.consensus import BALLOT_BYTES, is_register, state_of
 from agi.core.dht.protocol.messages import Hello, Query, QueryReply, ReplicaRead, ReplicaReadReply, WireError
-from agi.core.dht.protocol.record import FLAGS, TOMBSTONE, expires_ms_of, hlc_of, is_live
+from agi.core.dht.protocol.record import FLAGS, TOMBSTONE
 from agi.core.dht.requests import TIMEOUT_MS_MAX
 from agi.core.dht.sessions import Session
 from agi.core.dht.transport.base import Link
@@ -215,13 +216,14 @@ class Queries:
             return {"state": "unreachable", "error": str(error)}
         if record is None:
             return {"state": "absent"}
-        now_ms = self._node.clock.wall_ms()
-        live = is_live(record, now_ms)
+        state = state_of(record)
+        live = state.value is not None and not 0 < state.expires_ms <= self._node.clock.wall_ms()
         return {
             "state": "live" if live else "tombstone" if record[FLAGS] & TOMBSTONE else "expired",
-            "version": hlc_of(record),
+            "version": state.version,
             "bytes": len(record),
-            "expires_at": expires_ms_of(record) or None,
+            "expires_at": state.expires_ms or None,
+            "ballot": record[:BALLOT_BYTES].hex() if is_register(record) else None,
         }
 
     async def _read(self, name: str, key: bytes) -> bytes | None:

@@ -201,7 +201,7 @@ def locate(
     read at QUORUM settles it. The size is that of the whole record, 40 bytes more than the value's.
 
     --json prints {"key", "token", "replicas": [{"node_id", "state", and what it holds: "version", "bytes",
-    "expires_at", or "error"}]}, in the order of preference.
+    "expires_at", "ballot" (of a key under consensus), or "error"}]}, in the order of preference.
 
     Example:
 
