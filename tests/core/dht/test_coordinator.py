@@ -404,7 +404,7 @@ async def test_past_the_bound_of_pending_bytes_requests_are_refused_until_others
         cut = cluster.rule(lambda src, dst, m: LOST if isinstance(m, ReplicaWriteReply) else None)
         wire = await cluster.wire(0)
         big = b"v" * (6 << 20)
-        running = [asyncio.create_task(wire.ask(put(big, f"k{i}", timeout_ms=400))) for i in range(2)]
+        running = [asyncio.create_task(wire.ask(put(big, f"k{i}", timeout_ms=1500))) for i in range(2)]
         await until(lambda: None not in cluster.held("k1"))
         refused = await wire.ask(put(big, "k2"))
         assert type(error_of(refused)) is Overloaded and cluster.held("k2") == [None] * 3

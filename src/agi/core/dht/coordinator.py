@@ -92,8 +92,8 @@ class Coordinator:
 
     @property
     def pending(self) -> int:
-        """Parts of requests that still wait for a replica."""
-        return len(self._requests.pending)
+        """Parts of requests that still wait for a replica, and operations under consensus."""
+        return len(self._requests.pending) + self.registers.pending
 
     def get(self, request: Get, reply: ReplyTo, trace: str) -> None:
         """Reads a batch; `reply` gets one GetReply by the deadline. `trace` is the correlation id."""

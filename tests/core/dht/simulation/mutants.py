@@ -59,6 +59,7 @@ class Mutant:
         rule: what it breaks.
         plant: makes the patch.
         profile: the seeds that look for this kind of bug, for the short form; None for a bug of the formation.
+        seed: the hunt of the short form begins here, where an earlier one has ended.
         turn: of churn, which alone looks for it: among the ordinary seeds there are too few of a turn.
     """
 
@@ -67,6 +68,7 @@ class Mutant:
     plant: Callable[[], AbstractContextManager[Any]]
     profile: Profile | None
     turn: Turn | None = None
+    seed: int = 1
 
     def run(self, seed: int, *, aimed: bool) -> Report:
         """A seed of the kind that looks for it; `aimed`: of its profile."""
@@ -526,39 +528,49 @@ def _reads_of_what_was_accepted_once() -> AbstractContextManager[object]:
 
 MUTANTS = (
     Mutant("w-is-one", "a write is acknowledged by W replicas", _w_is_one, Profile.NETWORK),
-    Mutant("ack-before-persist", "D1: persist before send", _acknowledge_before_persist, Profile.POWER),
-    Mutant("read-before-sync", "D2: a read of an unsynced record waits", _read_before_sync, Profile.POWER),
+    Mutant("ack-before-persist", "D1: persist before send", _acknowledge_before_persist, Profile.POWER, seed=34),
+    Mutant("read-before-sync", "D2: a read of an unsynced record waits", _read_before_sync, Profile.POWER, seed=34),
     Mutant("no-read-repair", "a stale reply is repaired before the read returns", _no_read_repair, Profile.CHAOS),
     Mutant("superseded-counts", "V2: superseded is no acknowledgement", _superseded_counts, Profile.CLOCKS),
-    Mutant("version-reused", "V1: the boot counter is part of a version", _version_reused, Profile.CLOCKS),
+    Mutant("version-reused", "V1: the boot counter is part of a version", _version_reused, Profile.CLOCKS, seed=7),
     Mutant("no-deduplication", "a write that arrives twice takes effect once", _no_deduplication, Profile.NETWORK),
-    Mutant("unknown-as-failed", "D3: Unavailable only if nothing was stored", _unknown_as_failed, Profile.CHAOS),
-    Mutant("vote-before-persist", "D1: a vote is durable before others hear of it", _vote_before_persist, None),
+    Mutant(
+        "unknown-as-failed", "D3: Unavailable only if nothing was stored", _unknown_as_failed, Profile.CHAOS, seed=6
+    ),
+    Mutant("vote-before-persist", "D1: a vote is durable before others hear of it", _vote_before_persist, None, seed=5),
     Mutant("epoch-by-one-voter", "T1: a majority of voters decides an epoch", _epoch_by_one_voter, Profile.CHAOS),
     Mutant("vote-not-persisted", "D1: a voter's promise is durable first", _vote_not_persisted, Profile.CHAOS),
     Mutant("epoch-not-persisted", "T2: an epoch is durable before it counts", _epoch_not_persisted, Profile.CHAOS),
-    Mutant("found-value-ignored", "an accepted value is proposed again", _found_value_ignored, Profile.CHAOS),
+    Mutant("found-value-ignored", "an accepted value is proposed again", _found_value_ignored, Profile.CHAOS, seed=10),
     Mutant("dead-is-revived", "an old claim does not revive the dead", _dead_incarnation_revived, Profile.NETWORK),
     Mutant("never-refuted", "an accused node refutes", _suspicion_never_refuted, Profile.NETWORK),
-    Mutant("hint-overwrites", "a hint never replaces a newer record", _hint_overwrites_newer_record, Profile.NETWORK),
-    Mutant("hint-of-failure", "D3: a failed write leaves no hint", _hint_of_a_failed_write, Profile.NETWORK),
+    Mutant(
+        "hint-overwrites",
+        "a hint never replaces a newer record",
+        _hint_overwrites_newer_record,
+        Profile.NETWORK,
+        seed=6,
+    ),
+    Mutant("hint-of-failure", "D3: a failed write leaves no hint", _hint_of_a_failed_write, Profile.NETWORK, seed=8),
     Mutant("ttl-dropped", "a record is repaired whole, with its TTL", _ttl_dropped_in_repair, Profile.CHAOS),
     Mutant("differences-unseen", "replicas become equal without reads", _differences_unseen, Profile.NETWORK),
-    Mutant("formed-by-majority", "T11: all of the listed nodes decide epoch 1", _formed_by_majority, None),
+    Mutant("formed-by-majority", "T11: all of the listed nodes decide epoch 1", _formed_by_majority, None, seed=46),
     Mutant("epoch-unchecked", "T3: messages of another epoch are refused", _epoch_unchecked, Profile.CHURN, Turn.STRAY),
-    Mutant("one-write-quorum", "T5: both sets take a write", _one_write_quorum, Profile.CHURN, Turn.MOVE),
-    Mutant("reads-of-old-set", "T5: both sets are read", _reads_of_the_old_set_only, Profile.CHURN, Turn.LAG),
+    Mutant("one-write-quorum", "T5: both sets take a write", _one_write_quorum, Profile.CHURN, Turn.MOVE, seed=6),
+    Mutant("reads-of-old-set", "T5: both sets are read", _reads_of_the_old_set_only, Profile.CHURN, Turn.LAG, seed=6),
     Mutant("copied-from-one", "T6: an arc is merged from a majority", _copied_from_one, Profile.CHURN, Turn.MOVE),
-    Mutant("newcomers-only", "T6: who stays is filled too", _only_newcomers_are_filled, Profile.CHURN, Turn.SHRINK),
+    Mutant(
+        "newcomers-only", "T6: who stays is filled too", _only_newcomers_are_filled, Profile.CHURN, Turn.SHRINK, seed=13
+    ),
     Mutant(
         "primary-ranges-only", "T6: every arc of a member is filled", _primary_ranges_only, Profile.CHURN, Turn.MOVE
     ),
     Mutant("final-too-early", "T7: the final epoch waits for the data", _no_member_is_filled, Profile.CHURN, Turn.MOVE),
     Mutant("reclaimed-by-time", "G1: a tombstone goes by agreement", _reclaimed_by_time_alone, Profile.NETWORK),
-    Mutant("closed-unlevelled", "G1: who closes has what others had", _closed_without_a_look, Profile.NETWORK),
+    Mutant("closed-unlevelled", "G1: who closes has what others had", _closed_without_a_look, Profile.NETWORK, seed=25),
     Mutant("wiped-disk", "I1: a name with another disk is another", _wiped_disk_accepted, Profile.CHURN, Turn.LOSE),
     Mutant("round-of-one", "R: a quorum promises and accepts", _round_with_one_vote, Profile.CONSENSUS),
-    Mutant("promise-forgotten", "D1: a promise is durable first", _promise_not_persisted, Profile.CONSENSUS),
+    Mutant("promise-forgotten", "D1: a promise is durable first", _promise_not_persisted, Profile.CONSENSUS, seed=26),
     Mutant(
         "hasty-acceptance",
         "D1: an acceptance is durable first",
@@ -580,7 +592,13 @@ MUTANTS = (
         "hasty-conflict", "R5: a conflict is told of a chosen value", _conflict_on_a_value_not_chosen, Profile.CONSENSUS
     ),
     Mutant("nameless-retry", "R4: an operation finds itself", _retry_without_a_name, Profile.CONSENSUS),
-    Mutant("unchosen-read", "R9: a read shows what was chosen", _reads_of_what_was_accepted_once, Profile.CONSENSUS),
+    Mutant(
+        "unchosen-read",
+        "R9: a read shows what was chosen",
+        _reads_of_what_was_accepted_once,
+        Profile.CONSENSUS,
+        seed=39,
+    ),
 )
 
 
