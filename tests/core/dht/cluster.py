@@ -337,9 +337,10 @@ class Cluster:
 
     # --- who asks
 
-    async def client(self, *seeds: int, **options: Any) -> DHTClient:
-        """A connected client, closed with the cluster. `seeds`: the nodes whose addresses it is given (all)."""
-        transport = self._transport("client")
+    async def client(self, *seeds: int, host: str = "client", **options: Any) -> DHTClient:
+        """A connected client, closed with the cluster. `seeds`: the nodes whose addresses it is given (all); `host`:
+        the name by which rules know it."""
+        transport = self._transport(host)
         client = DHTClient(
             seed_transport=transport, data_transport=transport, rng=random.Random(len(self._clients)), **options
         )

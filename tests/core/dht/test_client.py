@@ -53,8 +53,8 @@ def test_the_public_names() -> None:
     errors = {name for name, value in vars(agi.core.dht.errors).items() if isinstance(value, type)}
     assert {name for name in errors if issubclass(getattr(agi.core.dht.errors, name), Exception)} <= set(names)
     assert set(names) - errors == {
-        "RAW", "TEXT", "Codec", "Consistency", "DHTClient", "Entry", "HashRing", "Json", "MappingView", "MessagePack",
-        "MemberStatus", "Node", "Partition", "SyncDHTClient",
+        "RAW", "TEXT", "Codec", "Consistency", "DHTClient", "Entry", "Fence", "HashRing", "Json", "Lock", "LockStatus",
+        "MappingView", "MessagePack", "MemberStatus", "Node", "Partition", "SyncDHTClient", "SyncLock",
     }  # fmt: skip
     public = {name for name in vars(agi.core.dht) if not name.startswith("_") and name not in names}
     assert all(type(getattr(agi.core.dht, name)).__name__ == "module" for name in public)

@@ -43,12 +43,14 @@ SAMPLES: list[Message] = [
         timeout_ms=1000,
         ops=[
             messages.Op(bytes(16), b"k", 0, 2, b"v", 7, None, 1000, 0, True),
-            messages.Op(bytes(16), b"k", 2, delta=-1),
+            messages.Op(bytes(16), b"k", 2, delta=-1, fence=(b"lock:l", 7)),
         ],
     ),
     messages.UpdateReply(
         id=9, results=[messages.OpResult(8, 0), messages.OpResult(7, 0, b"r", (43, "another version", 0, 0))]
     ),
+    messages.Watch(id=9, timeout_ms=1000, key=b"lock:l", version=7, waiter="w"),
+    messages.WatchReply(id=9, version=8, error=(32, "too many", 0, 0), free=True),
     messages.RegisterPrepare(id=8, epoch=3, trace="t", keys=[b"k"], ballots=[b"\x80" + bytes(15)]),
     messages.RegisterPromises(id=8, records=[None, b"r"], refusals=[(1, b"\x80" + bytes(15))]),
     messages.RegisterAccept(id=8, epoch=3, trace="", keys=[b"k"], records=[b"\x80" + bytes(50)]),
@@ -157,6 +159,8 @@ def test_wire_constants() -> None:
         "RegisterAccepted": 39,
         "Update": 20,
         "UpdateReply": 21,
+        "Watch": 22,
+        "WatchReply": 23,
         "Probe": 40,
         "ProbeAck": 41,
         "IndirectProbe": 42,

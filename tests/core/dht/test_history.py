@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agi.core.dht.testing.history import Function, History, MalformedHistory, Outcome
@@ -65,7 +65,7 @@ RESULTS: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_a_history_comes_back_from_its_lines(data: st.DataObject) -> None:
     history = History(itertools.accumulate(itertools.repeat(data.draw(st.integers(0, 10)))).__next__)

@@ -54,6 +54,9 @@ class ManualClock:
     def monotonic(self) -> float:
         return 0.0
 
+    def boottime(self) -> float:
+        return 0.0
+
 
 class Bench:
     """A replica, and what it answered in order."""

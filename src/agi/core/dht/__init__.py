@@ -35,7 +35,18 @@ Module map, from what users see down to what everything stands on; imports only 
     types, errors       values, limits, the error tree
 """
 
-from agi.core.dht.client import RAW, TEXT, Codec, DHTClient, Json, MappingView, MessagePack, SyncDHTClient
+from agi.core.dht.client import (
+    RAW,
+    TEXT,
+    Codec,
+    DHTClient,
+    Json,
+    Lock,
+    MappingView,
+    MessagePack,
+    SyncDHTClient,
+    SyncLock,
+)
 from agi.core.dht.errors import (
     BatchError,
     BootstrapConflict,
@@ -47,6 +58,7 @@ from agi.core.dht.errors import (
     ConfigError,
     ConnectFailed,
     DHTError,
+    FenceRejected,
     FolderMismatch,
     FolderUnusable,
     FrameTooLarge,
@@ -58,6 +70,8 @@ from agi.core.dht.errors import (
     InvalidTTL,
     InvalidValue,
     LinkClosed,
+    LockHeld,
+    LockLost,
     NotACounter,
     NotReady,
     OutcomeUnknown,
@@ -74,9 +88,10 @@ from agi.core.dht.errors import (
     Unavailable,
     UnknownDisk,
     VersionConflict,
+    WrongFence,
 )
 from agi.core.dht.ring import HashRing, Partition
-from agi.core.dht.types import Consistency, Entry, MemberStatus, Node
+from agi.core.dht.types import Consistency, Entry, Fence, LockStatus, MemberStatus, Node
 
 __all__ = [
     "RAW",
@@ -95,6 +110,8 @@ __all__ = [
     "DHTClient",
     "DHTError",
     "Entry",
+    "Fence",
+    "FenceRejected",
     "FolderMismatch",
     "FolderUnusable",
     "FrameTooLarge",
@@ -108,6 +125,10 @@ __all__ = [
     "InvalidValue",
     "Json",
     "LinkClosed",
+    "Lock",
+    "LockHeld",
+    "LockLost",
+    "LockStatus",
     "MappingView",
     "MemberStatus",
     "MessagePack",
@@ -125,9 +146,11 @@ __all__ = [
     "StorageError",
     "StorageFull",
     "SyncDHTClient",
+    "SyncLock",
     "TransportError",
     "Truncated",
     "Unavailable",
     "UnknownDisk",
     "VersionConflict",
+    "WrongFence",
 ]

@@ -21,6 +21,8 @@ from agi.core.dht.protocol.messages import (
     ScanReply,
     Update,
     UpdateReply,
+    Watch,
+    WatchReply,
     WireError,
 )
 from agi.core.dht.reads import TRUNCATED
@@ -88,6 +90,12 @@ class ClientRequests:
         if self._debug:
             _log.debug("update", trace=f"{session.name}:{request.id}", ops=len(request.ops))
         self._node.coordinator.update(request, link.send, session.name)
+
+    def watch(self, session: Session, link: Link, request: Watch) -> None:
+        if self._node.coordinator is None or not self._node.serving:
+            link.send(WatchReply(request.id, error=self._ready()))
+            return
+        self._node.coordinator.registers.watches.start(request, link.send)
 
     def scan(self, session: Session, link: Link, request: Scan) -> None:
         if self._node.scanner is None or not self._node.serving:

@@ -13,6 +13,9 @@ class Clock(Protocol):
     def monotonic(self) -> float:
         """Seconds that only go forward; for deadlines and latencies."""
 
+    def boottime(self) -> float:
+        """As `monotonic`, but it also counts while the machine sleeps; for leases, which others go on counting."""
+
 
 class SystemClock:
     def wall_ms(self) -> int:
@@ -20,3 +23,6 @@ class SystemClock:
 
     def monotonic(self) -> float:
         return time.monotonic()
+
+    def boottime(self) -> float:
+        return time.clock_gettime(time.CLOCK_BOOTTIME)

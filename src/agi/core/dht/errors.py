@@ -8,6 +8,7 @@
      |   +- InvalidConsistency       not ONE, QUORUM or ALL
      |   +- InvalidAddress           not host:port, a port out of range
      |   +- NotACounter              the value is no decimal number of 64 bits, or would be none; nothing was changed
+     |   +- WrongFence               the key is fenced by another lock; nothing was changed
      +- ConfigError                  a configuration that cannot be used; names the key and its source
      +- Unavailable                  too few replicas answered; nothing was written; retryable
      |   +- NotReady                 the node has not formed or joined its cluster yet
@@ -15,6 +16,9 @@
      |   +- Truncated                a batch's values did not fit one frame; ask again for this key (clients do)
      +- OutcomeUnknown               some replica may have stored the write; read before deciding what to do
      +- VersionConflict              a condition did not hold; nothing was changed; `.version` is the key's version
+     +- FenceRejected                a later holder of the lock has been here already; nothing was changed
+     +- LockLost                     the lock is no longer this holder's, or may be another's by now
+     +- LockHeld                     another held the lock for as long as it was waited for
      +- ClockSkew                    a version too far ahead of a replica's clock was refused; nothing was written
      +- StaleEpoch                   a message of another topology; the coordinator refreshes and restarts
      +- ClusterError                 two programs that must not work together
@@ -58,6 +62,7 @@ __all__ = [
     "ConfigError",
     "ConnectFailed",
     "DHTError",
+    "FenceRejected",
     "FolderMismatch",
     "FolderUnusable",
     "FrameTooLarge",
@@ -69,6 +74,8 @@ __all__ = [
     "InvalidTTL",
     "InvalidValue",
     "LinkClosed",
+    "LockHeld",
+    "LockLost",
     "NotACounter",
     "NotReady",
     "OutcomeUnknown",
@@ -85,6 +92,7 @@ __all__ = [
     "Unavailable",
     "UnknownDisk",
     "VersionConflict",
+    "WrongFence",
     "from_wire",
 ]
 
@@ -141,6 +149,10 @@ class NotACounter(InvalidRequest):
     code = 16
 
 
+class WrongFence(InvalidRequest):
+    code = 17
+
+
 class ConfigError(DHTError):
     code, exit_code = 20, 11
 
@@ -177,6 +189,18 @@ class VersionConflict(DHTError):
     def __init__(self, message: str = "", *, version: int = 0, needed: int = 0, answered: int = 0) -> None:
         super().__init__(message, needed=needed, answered=answered)
         self.version = version
+
+
+class FenceRejected(DHTError):
+    code, exit_code = 44, 28
+
+
+class LockLost(DHTError):
+    code, exit_code = 45, 29
+
+
+class LockHeld(DHTError):
+    code, exit_code, retryable = 46, 30, True
 
 
 class ClockSkew(DHTError):

@@ -67,6 +67,7 @@ from agi.core.dht.protocol.messages import (
     TopologyDigest,
     TopologyNews,
     Update,
+    Watch,
 )
 from agi.core.dht.protocol.timers import TICK_S
 from agi.core.dht.protocol.versioning import HLC, writer_id
@@ -260,6 +261,7 @@ class Node:
             RegisterPrepare: self._replica_requests.prepare,
             RegisterAccept: self._replica_requests.accept,
             Update: self._client_requests.update,
+            Watch: self._client_requests.watch,
             ReplicaScan: self._replica_requests.scan,
             **dict.fromkeys(TREE_REQUESTS, self.antientropy.request),
             **dict.fromkeys(MIGRATION_REQUESTS, self.migration.request),
@@ -322,6 +324,8 @@ class Node:
         for listener in self._listeners:
             await listener.close()
         say_goodbye(self._sessions.values())
+        if self.coordinator is not None:
+            self.coordinator.registers.watches.end()
         now = self.clock.monotonic
         deadline, parted = now() + drain_s, now() + min(drain_s, GOODBYE_S)
         while (self._busy() and now() < deadline) or (self._clients() and now() < parted):  # noqa: ASYNC110  # nobody signals

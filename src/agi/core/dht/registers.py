@@ -72,6 +72,7 @@ from agi.core.dht.protocol.versioning import HLC
 from agi.core.dht.requests import ReplyTo, Requests, refusal
 from agi.core.dht.transport.codec import encode
 from agi.core.dht.types import KEY_BYTES_MAX, TTL_MS_MAX, VALUE_BYTES_MAX
+from agi.core.dht.watches import Watches
 
 _log = structlog.get_logger("agi.core.dht.registers")
 
@@ -200,6 +201,7 @@ class Registers:
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[int, Waiting] = {}
         self._number = 0
+        self.watches = Watches(clock, self._chosen.get)
         self._wheel: TimerWheel[int] = TimerWheel(clock.monotonic())
 
     # --- what comes in
@@ -272,6 +274,11 @@ class Registers:
         state.queue.append(waiting)
         if state.round is None and state.resting is None:
             self._begin(state)
+
+    @property
+    def pending(self) -> int:
+        """Operations that are not answered yet."""
+        return len(self._waiting)
 
     def settle_abandoned(self) -> None:
         """Ends rounds of coordinators that are gone: until then plain writes of their keys wait, and hints and repairs
@@ -472,6 +479,7 @@ class Registers:
         key.round = None
         key.attempts = 0
         self._remember(key.key, round_.record)
+        self.watches.chose(key.key, round_.record)
         taken, key.taken = key.taken, []
         for waiting, result in zip(taken, key.results, strict=True):
             self._answer(waiting, result)
@@ -505,6 +513,7 @@ class Registers:
 
     def advance(self, now: float) -> None:
         """Ends what is past its deadline."""
+        self.watches.advance(now)
         for number in self._wheel.advance(now):
             waiting = self._waiting.get(number)
             if waiting is None:
@@ -525,6 +534,7 @@ class Registers:
         """Another epoch: every round ends, and nothing chosen is remembered (R6)."""
         self._chosen.clear()
         self._chosen_bytes = 0
+        self.watches.end()
         for key in list(self._keys.values()):
             if key.round is not None:
                 self.begin_anew(key)
@@ -571,3 +581,5 @@ def _check(op: Op) -> None:
         raise InvalidTTL(f"a ttl is above 0 and at most {TTL_MS_MAX} ms")
     if op.kind == ADD and not -(1 << 63) <= op.delta < 1 << 63:
         raise InvalidRequest("a counter changes by a number of 64 bits")
+    if op.fence is not None and not (1 <= len(op.fence[0]) <= KEY_BYTES_MAX and 0 < op.fence[1] < 1 << 63):
+        raise InvalidRequest("a fence is the key of a lock and a token above 0")

@@ -5,8 +5,16 @@ from __future__ import annotations
 import enum
 import re
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from agi.core.dht.errors import InvalidAddress, InvalidConsistency, InvalidKey, InvalidTTL, InvalidValue
+from agi.core.dht.errors import (
+    InvalidAddress,
+    InvalidConsistency,
+    InvalidKey,
+    InvalidRequest,
+    InvalidTTL,
+    InvalidValue,
+)
 
 KEY_BYTES_MAX = 1024
 VALUE_BYTES_MAX = 8 * 1024 * 1024
@@ -80,6 +88,55 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Fence:
+    """What a write shows to say under which lock it is done: a write of an earlier holder is refused then. It may
+    travel to other processes. Raises InvalidKey, InvalidRequest.
+
+    Attributes:
+        lock: the lock's name.
+        token: the number that its holder got with it; each later holder's is higher.
+    """
+
+    lock: str
+    token: int
+
+    def __post_init__(self) -> None:
+        lock_key(self.lock)
+        if isinstance(self.token, bool) or not isinstance(self.token, int) or not 0 < self.token < 1 << 63:
+            raise InvalidRequest(f"a token is a positive number as a lock has it, not {self.token!r}")
+
+    @property
+    def fence(self) -> Fence:
+        return self
+
+
+class Fencing(Protocol):
+    """A held lock, or a `Fence`."""
+
+    @property
+    def fence(self) -> Fence:
+        """Raises InvalidRequest where the lock was never held."""
+
+
+@dataclass(frozen=True, slots=True)
+class LockStatus:
+    """A lock as `lock_status` found it.
+
+    Attributes:
+        holder: host, process and a random part of one acquisition; empty where the lock is free.
+        token: of the holder, or of the last one.
+        lease_seconds: how long after its last renewal a holder that died keeps it; 0 where it is free.
+        version: of the record; each renewal has another.
+    """
+
+    name: str
+    holder: str
+    token: int
+    lease_seconds: float
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class Node:
     """A member of the ring.
 
@@ -113,6 +170,13 @@ def encode_key(key: object) -> bytes:
     if len(raw) > KEY_BYTES_MAX:
         raise InvalidKey(f"a key has at most {KEY_BYTES_MAX} bytes, this one {len(raw)}")
     return raw
+
+
+def lock_key(name: object) -> bytes:
+    """The key that holds the lock of this name. Raises InvalidKey."""
+    if not isinstance(name, str) or not name:
+        raise InvalidKey(f"a lock's name is a str that is not empty, not {name!r:.40}")
+    return encode_key(f"lock:{name}")
 
 
 def check_value(value: object) -> bytes:

@@ -141,7 +141,7 @@ def test_an_interrupt_ends_a_command_with_130(helpers: Any, cluster: Any) -> Non
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        (["agi-dht", "lo"], {"load", "locate"}),
+        (["agi-dht", "lo"], {"load", "locate", "lock", "lock-status"}),
         (["agi-dht", "config", ""], {"check", "show"}),
         (["agi-dht", "get", "k", "--cons"], {"--consistency"}),
         (["agi-dht", "get", "k", "--consistency", ""], {"ONE", "QUORUM", "ALL", "LINEARIZABLE"}),

@@ -33,15 +33,15 @@ from agi.core.dht.types import VALUE_BYTES_MAX
 KINDS = [getattr(errors, name) for name in errors.__all__ if name != "from_wire"]
 STATUS = {
     "INVALID_ARGUMENT": "InvalidRequest InvalidKey InvalidValue InvalidTTL InvalidConsistency InvalidAddress "
-    "NotACounter",
+    "NotACounter WrongFence",
     "UNAVAILABLE": "Unavailable NotReady Truncated TransportError ConnectFailed LinkClosed",
     "RESOURCE_EXHAUSTED": "Overloaded StorageFull FrameTooLarge",
     "UNKNOWN": "OutcomeUnknown",
-    "ABORTED": "StaleEpoch",
+    "ABORTED": "StaleEpoch LockLost LockHeld",
     "DATA_LOSS": "StorageCorrupt",
     "CANCELLED": "ClientClosed",
     "FAILED_PRECONDITION": "ConfigError ClockSkew ClusterError HelloRefused UnknownDisk ClonedNode BootstrapConflict "
-    "ChangeRefused Removed ProtocolMismatch VersionConflict",
+    "ChangeRefused Removed ProtocolMismatch VersionConflict FenceRejected",
     "INTERNAL": "DHTError BatchError StorageError StorageClosed FolderMismatch FolderUnusable",
 }
 

@@ -43,6 +43,8 @@ COMMANDS = {
     "delete": Lazy("agi.core.dht.cli.data", "delete", "Delete keys."),
     "cas": Lazy("agi.core.dht.cli.data", "cas", "Store a value if the key holds a certain other; print its version."),
     "incr": Lazy("agi.core.dht.cli.data", "incr", "Add to a counter; print what it is then."),
+    "lock": Lazy("agi.core.dht.cli.locks", "lock", "Run a command while holding a lock."),
+    "lock-status": Lazy("agi.core.dht.cli.locks", "lock_status", "Show who holds a lock."),
     "scan": Lazy("agi.core.dht.cli.data", "scan", "List keys in order."),
     "load": Lazy("agi.core.dht.cli.load", "load", "Store the files of a folder, or the lines of a JSONL file."),
     "dump": Lazy("agi.core.dht.cli.dump", "dump", "Write keys to a folder, or to a JSONL file."),
@@ -114,7 +116,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 2 wrong usage, 3 no such key, 10 a wrong argument, 11 wrong settings, "
     "12 too few replicas, 13 a node is not ready, 23 nobody answers, 26 a part failed, "
-    "27 a condition did not hold; docs/errors.md has them all.",
+    "27 a condition did not hold, 28 a later holder of the lock was there, 29 a lock was lost, 30 another holds it; "
+    "docs/errors.md has them all.",
 )
 
 

@@ -14,7 +14,7 @@ from agi.core.dht.cli import files, output
 from agi.core.dht.cli.connection import DEFAULT_CONNECT, AsJson, Connect, Level, Timeout, connected
 from agi.core.dht.errors import InvalidRequest, InvalidValue
 from agi.core.dht.protocol.consensus import COUNTER_MAX, COUNTER_MIN
-from agi.core.dht.types import SCAN_LIMIT_MAX, VALUE_BYTES_MAX, encode_key, ttl_to_ms
+from agi.core.dht.types import SCAN_LIMIT_MAX, VALUE_BYTES_MAX, Fence, encode_key, ttl_to_ms
 
 NOT_FOUND_EXIT_CODE = 3
 
@@ -28,6 +28,16 @@ ValueFile = Annotated[
 IfVersion = Annotated[
     int | None,
     typer.Option("--if-version", metavar="V", help="Only if the key is at this version.", show_default=False),
+]
+
+Fenced = Annotated[
+    str | None,
+    typer.Option(
+        "--fence",
+        metavar="LOCK:TOKEN",
+        help="Only if no later holder of that lock has been at the key.",
+        show_default=False,
+    ),
 ]
 
 
@@ -89,6 +99,7 @@ def put(
     ttl: Ttl = None,
     if_version: IfVersion = None,
     if_absent: Annotated[bool, typer.Option("--if-absent", help="Only if the key holds no value.")] = False,
+    fence: Fenced = None,
     connect: Connect = DEFAULT_CONNECT,
     timeout: Timeout = None,
     consistency: Level = None,
@@ -99,8 +110,8 @@ def put(
     The value is VALUE, or what the file holds, or what comes on stdin: byte for byte, at most 8 MiB. A VALUE or FILE of
     - is stdin.
 
-    With --if-version or --if-absent it goes through consensus, whatever --consistency says. Exit code 27: the condition
-    did not hold, and nothing was changed.
+    With --if-version, --if-absent or --fence it goes through consensus, whatever --consistency says. Exit code 27: the
+    condition did not hold; 28: a later holder of the lock was there; nothing was changed.
 
     --json prints {"key", "version", "bytes"}.
 
@@ -121,9 +132,10 @@ def put(
     encode_key(key)
     ttl_to_ms(ttl)
     _check_version(if_version)
+    shown = _fence(fence)
     data = _value(value, file)
     with connected(connect, timeout, consistency) as client:
-        version = client.put(key, data, ttl_seconds=ttl, if_version=if_version, if_absent=if_absent)
+        version = client.put(key, data, ttl_seconds=ttl, if_version=if_version, if_absent=if_absent, fence=shown)
     _stored(key, version, data, as_json=as_json)
 
 
@@ -133,6 +145,16 @@ def _check_version(version: int | None) -> None:
         from agi.core.dht.client.conditional import checked_version
 
         checked_version(version)
+
+
+def _fence(text: str | None) -> Fence | None:
+    """Raises InvalidRequest."""
+    if text is None:
+        return None
+    lock, _, token = text.rpartition(":")
+    if not token.isascii() or not token.isdigit() or len(token) > 19:
+        raise InvalidRequest(f"--fence takes LOCK:TOKEN, not {text!r}")
+    return Fence(lock, int(token))
 
 
 def _stored(key: str, version: int, data: bytes, *, as_json: bool) -> None:
@@ -253,6 +275,7 @@ def incr(
 def delete(
     keys: Annotated[list[str], typer.Argument(metavar="KEY", show_default=False)],
     if_version: IfVersion = None,
+    fence: Fenced = None,
     connect: Connect = DEFAULT_CONNECT,
     timeout: Timeout = None,
     consistency: Level = None,
@@ -261,7 +284,8 @@ def delete(
     """Delete keys.
 
     A key that held no value is no error. Where some could not be deleted, the others are. With --if-version, which goes
-    through consensus, exit code 27 says that the key is at another version, or absent, and nothing was changed.
+    through consensus, exit code 27 says that the key is at another version, or absent, and nothing was changed; with
+    --fence, 28 that a later holder of the lock was there.
 
     --json prints {"existed": {key: whether it held a value}}.
 
@@ -273,16 +297,17 @@ def delete(
 
         agi-dht delete job:7 --if-version 117700839942717440
     """
-    if if_version is not None and len(keys) > 1:
-        raise typer.BadParameter("--if-version is for a single key")
+    if (if_version is not None or fence is not None) and len(keys) > 1:
+        raise typer.BadParameter("--if-version and --fence are for a single key")
     for key in keys:
         encode_key(key)
     _check_version(if_version)
+    shown = _fence(fence)
     with connected(connect, timeout, consistency) as client:
-        if if_version is None:
+        if if_version is None and shown is None:
             existed = client.delete_many(dict.fromkeys(keys))
         else:
-            existed = {keys[0]: client.delete(keys[0], if_version=if_version)}
+            existed = {keys[0]: client.delete(keys[0], if_version=if_version, fence=shown)}
     if as_json:
         output.document({"existed": existed})
         return

@@ -52,6 +52,12 @@ def document(value: object) -> None:
     write(msgspec.json.encode(value) + b"\n")
 
 
+def note_document(value: object) -> None:
+    """One JSON value on a line of stderr, where stdout is another's."""
+    sys.stderr.write(f"{msgspec.json.encode(value).decode()}\n")
+    sys.stderr.flush()
+
+
 def note(text: str) -> None:
     """One line on stderr."""
     sys.stderr.write(f"{printable(text, keep_backslash=True)}\n")

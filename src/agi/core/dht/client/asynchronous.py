@@ -10,7 +10,8 @@ from typing import Any, Self
 
 from agi.core.dht.client.batches import Batch, Gathered, Kind, OpenBatch
 from agi.core.dht.client.changes import MembershipCalls
-from agi.core.dht.client.conditional import ConditionalCalls, checked_version
+from agi.core.dht.client.conditional import checked_version
+from agi.core.dht.client.locks import LockCalls
 from agi.core.dht.client.members import MemberStates, StatusCallback
 from agi.core.dht.client.repairs import order_repairs
 from agi.core.dht.client.session import Session
@@ -28,6 +29,7 @@ from agi.core.dht.types import (
     SCAN_LIMIT_MAX,
     Consistency,
     Entry,
+    Fencing,
     check_value,
     encode_key,
     format_address,
@@ -45,7 +47,7 @@ HOLD_S = 0.001
 wait, beside memory it is not."""
 
 
-class DHTClient(MembershipCalls, ConditionalCalls):
+class DHTClient(MembershipCalls, LockCalls):
     """A client of one cluster, for one event loop.
 
     Calls made in the same turn of the loop travel together, so `asyncio.gather` over many calls is nearly as fast as
@@ -85,6 +87,7 @@ class DHTClient(MembershipCalls, ConditionalCalls):
         clock: Clock | None = None,
         rng: random.Random | None = None,
     ) -> None:
+        super().__init__()
         self._timeout = None if timeout is None else _check_timeout(timeout)
         self._read = None if read_consistency is None else Consistency.parse(read_consistency)
         self._write = None if write_consistency is None else Consistency.parse(write_consistency)
@@ -145,6 +148,7 @@ class DHTClient(MembershipCalls, ConditionalCalls):
             self._flush(release=True)
             if self._held is not None:
                 self._held.cancel()
+            await self._end_locks()
             await self._session.close()
 
     async def __aenter__(self) -> Self:
@@ -156,9 +160,21 @@ class DHTClient(MembershipCalls, ConditionalCalls):
     # --- single keys
 
     async def get(
-        self, key: str, *, consistency: Consistency | str | None = None, timeout: float | None = None
+        self,
+        key: str,
+        *,
+        consistency: Consistency | str | None = None,
+        timeout: float | None = None,
+        fence: Fencing | None = None,
     ) -> bytes | None:
-        """The value, or None where the key is absent, deleted or expired. Raises InvalidKey, Unavailable."""
+        """The value, or None where the key is absent, deleted or expired. With `fence` it is a step of its own among
+        the key's writes: those of earlier holders of the lock are refused from then on.
+
+        Raises InvalidKey, Unavailable; with a fence also WrongFence, FenceRejected, OutcomeUnknown.
+        """
+        if fence is not None:
+            found = await self._look(key, timeout, fence)
+            return None if found is None else found[HEADER:]
         raw = encode_key(key)
         if consistency is None and timeout is None:
             batch = self._gets
@@ -202,20 +218,22 @@ class DHTClient(MembershipCalls, ConditionalCalls):
         timeout: float | None = None,
         if_version: int | None = None,
         if_absent: bool = False,
+        fence: Fencing | None = None,
     ) -> int:
         """Stores a value, last writer wins; returns its version. With `ttl_seconds` it expires.
 
-        With `if_version` only over that version, with `if_absent` only if there is no value: such a write goes through
-        consensus (conditional.py), and so do all later ones of its key.
+        With `if_version` only over that version, with `if_absent` only if there is no value, with `fence` (a lock, or
+        its Fence) only if no later holder of the lock has been at the key: such a write goes through consensus
+        (conditional.py), and so do all later ones of its key.
 
-        Raises InvalidKey, InvalidValue, InvalidTTL; VersionConflict; Unavailable (nothing written); OutcomeUnknown;
-        ClockSkew.
+        Raises InvalidKey, InvalidValue, InvalidTTL; VersionConflict, WrongFence, FenceRejected; Unavailable (nothing
+        written); OutcomeUnknown; ClockSkew.
         """
-        if if_absent or if_version is not None:
+        if if_absent or if_version is not None or fence is not None:
             if if_absent and if_version is not None:
                 raise InvalidRequest("a key is absent, or at a version: not both")
-            at = 0 if if_version is None else checked_version(if_version)
-            return (await self._write_over(key, value, ttl_seconds, at, timeout)).version
+            at = 0 if if_absent else None if if_version is None else checked_version(if_version)
+            return (await self._write_over(key, value, ttl_seconds, at, timeout, fence)).version
         raw, value = encode_key(key), check_value(value)
         if ttl_seconds is None and consistency is None and timeout is None and len(value) < BULK_VALUE_BYTES:
             batch = self._puts
@@ -250,10 +268,13 @@ class DHTClient(MembershipCalls, ConditionalCalls):
         consistency: Consistency | str | None = None,
         timeout: float | None = None,
         if_version: int | None = None,
+        fence: Fencing | None = None,
     ) -> bool:
-        """Deletes a key. True if one of the replicas that answered held a live value. `if_version` as in `put`."""
-        if if_version is not None:
-            return bool((await self._write_over(key, None, None, checked_version(if_version), timeout)).number)
+        """Deletes a key. True if one of the replicas that answered held a live value. `if_version` and `fence` as in
+        `put`."""
+        if if_version is not None or fence is not None:
+            at = None if if_version is None else checked_version(if_version)
+            return bool((await self._write_over(key, None, None, at, timeout, fence)).number)
         return bool(await self._one(Kind.DELETE, key, consistency, timeout))
 
     # --- many keys

@@ -28,7 +28,7 @@ from agi.core.dht.protocol.consensus import (
 )
 from agi.core.dht.protocol.messages import Op, OpResult
 from agi.core.dht.protocol.record import HEADER, hlc_of
-from agi.core.dht.types import check_value, encode_key, ttl_to_ms
+from agi.core.dht.types import Fence, Fencing, check_value, encode_key, lock_key, ttl_to_ms
 
 Change = Callable[[bytes | None], bytes | None]
 UPDATE_TRIES_MAX = 1000
@@ -86,12 +86,12 @@ class ConditionalCalls(abc.ABC):
         Raises what `change` raises; else as `compare_and_set`.
         """
         for _ in range(UPDATE_TRIES_MAX):
-            found = await self._decided(self._op(key, LOOK, None), timeout)
-            value = None if found.record is None else found.record[HEADER:]
+            found = await self._look(key, timeout)
+            value = None if found is None else found[HEADER:]
             wanted = change(value)
             if wanted is None and value is None:
                 return None
-            version = 0 if found.record is None else hlc_of(found.record)
+            version = 0 if found is None else hlc_of(found)
             try:
                 await self._write_over(key, wanted, ttl_seconds, version, timeout)
             except VersionConflict:
@@ -100,14 +100,28 @@ class ConditionalCalls(abc.ABC):
         raise VersionConflict(f"others were faster {UPDATE_TRIES_MAX} times")
 
     async def _write_over(
-        self, key: str, value: bytes | None, ttl_seconds: float | None, version: int, timeout: float | None
+        self,
+        key: str,
+        value: bytes | None,
+        ttl_seconds: float | None,
+        version: int | None,
+        timeout: float | None,
+        fence: Fencing | None = None,
     ) -> OpResult:
-        """Writes, or deletes, a key that is at this version; 0 for absent."""
+        """Writes, or deletes, a key that is at this version; 0 for absent, None for any."""
         op = self._op(key, REMOVE if value is None else PUT, ttl_seconds)
         if value is not None:
             op.value = check_value(value)
-        op.condition, op.version = (IF_VERSION, version) if version else (IF_ABSENT, 0)
+        if version is not None:
+            op.condition, op.version = (IF_VERSION, version) if version else (IF_ABSENT, 0)
+        op.fence = fence_of(fence)
         return await self._decided(op, timeout)
+
+    async def _look(self, key: str, timeout: float | None, fence: Fencing | None = None) -> bytes | None:
+        """The key's record, plain, as a step of its own among its writes."""
+        op = self._op(key, LOOK, None)
+        op.fence = fence_of(fence)
+        return (await self._decided(op, timeout)).record
 
     async def _decided(self, op: Op, timeout: float | None) -> OpResult:
         result = await self._operate(op, timeout)
@@ -121,6 +135,16 @@ class ConditionalCalls(abc.ABC):
     @staticmethod
     def _op(key: str, kind: int, ttl_seconds: float | None) -> Op:
         return Op(secrets.token_bytes(NAME_BYTES), encode_key(key), kind, ANYHOW, ttl_ms=ttl_to_ms(ttl_seconds))
+
+
+def fence_of(fencing: Fencing | None) -> tuple[bytes, int] | None:
+    """A fence as operations carry it. Raises InvalidRequest."""
+    if fencing is None:
+        return None
+    fence = getattr(fencing, "fence", None)
+    if not isinstance(fence, Fence):
+        raise InvalidRequest(f"a fence is a lock that was held, or a Fence, not {fencing!r:.40}")
+    return lock_key(fence.lock), fence.token
 
 
 def checked_version(version: object) -> int:

@@ -50,6 +50,8 @@ from agi.core.dht.protocol.messages import (
     Scan,
     ScanReply,
     UpdateReply,
+    Watch,
+    WatchReply,
     WireError,
 )
 from agi.core.dht.protocol.timers import TICK_S, TimerWheel
@@ -524,7 +526,7 @@ class Session:
         elif isinstance(message, UpdateReply):
             errors = [(i, r.error) for i, r in enumerate(message.results) if r.error and from_wire(*r.error).retryable]
             self._settle(message.id, message.results, errors or None, message.error)
-        elif isinstance(message, ScanReply | QueryReply):
+        elif isinstance(message, ScanReply | QueryReply | WatchReply):
             _, future = self._queries.get(message.id, ("", None))
             if future is not None and not future.done():
                 future.set_result(message)
@@ -608,7 +610,7 @@ class Session:
         return await self._query(remote.links[0], node_id, Query(0, what, int(timeout_s * 1000), key), timeout_s)
 
     async def _query(self, link: Link, name: str, query: Query, timeout_s: float = QUERY_TIMEOUT_S) -> Any:
-        reply = await self._call(link, name, query, timeout_s)
+        reply = await self.call(link, name, query, timeout_s)
         assert isinstance(reply, QueryReply)
         if reply.error is not None:
             raise from_wire(*reply.error)
@@ -628,7 +630,7 @@ class Session:
                 remote = self.up[self._turn % len(self.up)]
                 request.timeout_ms = max(1, int(left_s * 1000 - min(150, left_s * 250)))
                 try:
-                    reply = await self._call(remote.links[0], remote.node_id, request, left_s)
+                    reply = await self.call(remote.links[0], remote.node_id, request, left_s)
                     assert isinstance(reply, ScanReply)
                     if reply.error is None:
                         return reply
@@ -642,7 +644,7 @@ class Session:
                 raise error
             await asyncio.sleep(min(0.5, 0.02 * 2 ** min(attempts, 10), max(0.0, left_s)))
 
-    async def _call(self, link: Link, name: str, message: Query | Scan, timeout_s: float) -> Message:
+    async def call(self, link: Link, name: str, message: Query | Scan | Watch, timeout_s: float) -> Message:
         self._ids += 1
         message.id = number = self._ids
         future: asyncio.Future[Message] = self._loop.create_future()

@@ -31,10 +31,11 @@ from agi.core.dht.client.changes import Progress
 from agi.core.dht.client.conditional import Change
 from agi.core.dht.client.mapping import RAW, Codec, MappingView
 from agi.core.dht.client.members import StatusCallback
+from agi.core.dht.client.sync_locks import SyncLock
 from agi.core.dht.clock import Clock
 from agi.core.dht.errors import ClientClosed, DHTError
 from agi.core.dht.transport.base import Transport
-from agi.core.dht.types import SCAN_LIMIT_MAX, Consistency, Entry
+from agi.core.dht.types import SCAN_LIMIT_MAX, Consistency, Entry, Fencing, LockStatus
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -226,10 +227,16 @@ class SyncDHTClient:
     # --- single keys
 
     def get(
-        self, key: str, *, consistency: Consistency | str | None = None, timeout: float | None = None
+        self,
+        key: str,
+        *,
+        consistency: Consistency | str | None = None,
+        timeout: float | None = None,
+        fence: Fencing | None = None,
     ) -> bytes | None:
-        """The value, or None where the key is absent, deleted or expired. Raises InvalidKey, Unavailable."""
-        return self._call(self._client.get(key, consistency=consistency, timeout=timeout))
+        """The value, or None where the key is absent, deleted or expired. `fence` as in `DHTClient.get`. Raises
+        InvalidKey, Unavailable."""
+        return self._call(self._client.get(key, consistency=consistency, timeout=timeout, fence=fence))
 
     def get_entry(
         self, key: str, *, consistency: Consistency | str | None = None, timeout: float | None = None
@@ -251,13 +258,14 @@ class SyncDHTClient:
         timeout: float | None = None,
         if_version: int | None = None,
         if_absent: bool = False,
+        fence: Fencing | None = None,
     ) -> int:
         """Stores a value, last writer wins; returns its version. With `ttl_seconds` it expires.
 
-        `if_version` and `if_absent` bind it to what is there, as in `DHTClient.put`.
+        `if_version`, `if_absent` and `fence` bind it to what is there, as in `DHTClient.put`.
 
-        Raises InvalidKey, InvalidValue, InvalidTTL; VersionConflict; Unavailable (nothing written); OutcomeUnknown;
-        ClockSkew.
+        Raises InvalidKey, InvalidValue, InvalidTTL; VersionConflict, WrongFence, FenceRejected; Unavailable (nothing
+        written); OutcomeUnknown; ClockSkew.
         """
         return self._call(
             self._client.put(
@@ -268,6 +276,7 @@ class SyncDHTClient:
                 timeout=timeout,
                 if_version=if_version,
                 if_absent=if_absent,
+                fence=fence,
             )
         )
 
@@ -278,9 +287,13 @@ class SyncDHTClient:
         consistency: Consistency | str | None = None,
         timeout: float | None = None,
         if_version: int | None = None,
+        fence: Fencing | None = None,
     ) -> bool:
-        """Deletes a key. True if one of the replicas that answered held a live value. `if_version` as in `put`."""
-        return self._call(self._client.delete(key, consistency=consistency, timeout=timeout, if_version=if_version))
+        """Deletes a key. True if one of the replicas that answered held a live value. `if_version` and `fence` as in
+        `put`."""
+        return self._call(
+            self._client.delete(key, consistency=consistency, timeout=timeout, if_version=if_version, fence=fence)
+        )
 
     # --- under consensus (conditional.py)
 
@@ -307,6 +320,22 @@ class SyncDHTClient:
         """Stores what `change` makes of the value, once nothing has come between, and returns it. `change` runs in the
         client's own thread, so it must not block. As `DHTClient.update`."""
         return self._call(self._client.update(key, change, ttl_seconds=ttl_seconds, timeout=timeout))
+
+    # --- locks (locks.py)
+
+    def lock(self, name: str, *, ttl: float = 10.0, timeout: float | None = None) -> SyncLock:
+        """A lock to be held by `with`; as `DHTClient.lock`, but a thread cannot be cancelled: LockLost comes at the
+        next `check()`, or at the end of the block."""
+        return SyncLock(self._client.lock(name, ttl=ttl, timeout=timeout), self._call)
+
+    def try_lock(self, name: str, *, ttl: float = 10.0) -> SyncLock | None:
+        """The lock, held, or None where another has it; never waits. As `DHTClient.try_lock`."""
+        lock = SyncLock(self._client.lock(name, ttl=ttl), self._call)
+        return lock if lock.acquire(wait=False) else None
+
+    def lock_status(self, name: str, *, timeout: float | None = None) -> LockStatus | None:
+        """Who holds the lock; None where nobody ever has. As `DHTClient.lock_status`."""
+        return self._call(self._client.lock_status(name, timeout=timeout))
 
     # --- many keys
 

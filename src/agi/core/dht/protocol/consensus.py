@@ -11,7 +11,8 @@ steady state, as with a leader in "Paxos Made Simple" (Lamport, 2001, section 3)
 promised its round; only a promise above that is kept beside the record (16 bytes, sequence 0).
 
 The *value* carries its version and the last operations with their results (R4), so that one that is tried again finds
-itself. A value that is proposed anew keeps its version.
+itself. A value that is proposed anew keeps its version. It also carries the highest token that it was fenced with, and
+its tombstone does: what a former holder of the lock still sends is refused by whoever decides (L3).
 
 A key that no register has yet begins with its plain record as value (R2).
 """
@@ -23,7 +24,16 @@ from typing import NamedTuple, TypeGuard
 
 import msgspec
 
-from agi.core.dht.errors import DHTError, InvalidRequest, NotACounter, OutcomeUnknown, StorageCorrupt, VersionConflict
+from agi.core.dht.errors import (
+    DHTError,
+    FenceRejected,
+    InvalidRequest,
+    NotACounter,
+    OutcomeUnknown,
+    StorageCorrupt,
+    VersionConflict,
+    WrongFence,
+)
 from agi.core.dht.protocol.messages import Op, OpResult
 from agi.core.dht.protocol.record import (
     EXPIRES,
@@ -130,6 +140,7 @@ class Body(msgspec.Struct, array_like=True, gc=False):
     expires_ms: int
     done: list[Done]
     value: bytes
+    fence: tuple[bytes, int] | None = None
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -137,13 +148,15 @@ _decode = msgspec.msgpack.Decoder(Body).decode
 
 
 class State(NamedTuple):
-    """A key as operations see it. `value` is None where it is absent; `version` is then that of its deletion, or 0."""
+    """A key as operations see it. `value` is None where it is absent; `version` is then that of its deletion, or 0.
+    `fence`: the key of its lock, and the highest token seen; None for one that was never fenced."""
 
     version: int = 0
     value: bytes | None = None
     expires_ms: int = 0
     created_ms: int = 0
     done: tuple[Done, ...] = ()
+    fence: tuple[bytes, int] | None = None
 
 
 def state_of(record: bytes | None) -> State:
@@ -159,12 +172,12 @@ def state_of(record: bytes | None) -> State:
     except msgspec.MsgspecError as error:
         raise StorageCorrupt(f"the value of a register cannot be read: {error}") from None
     gone = record[FLAGS] & TOMBSTONE
-    return State(body.version, None if gone else body.value, body.expires_ms, created_ms, tuple(body.done))
+    return State(body.version, None if gone else body.value, body.expires_ms, created_ms, tuple(body.done), body.fence)
 
 
 def register_of(key: bytes, ballot: bytes, state: State) -> bytes:
     """The record in which this state is accepted under this ballot."""
-    body = Body(state.version, state.expires_ms, list(state.done), state.value or b"")
+    body = Body(state.version, state.expires_ms, list(state.done), state.value or b"", state.fence)
     return pack(
         key,
         _encode(body),
@@ -202,10 +215,12 @@ def unvoted(record: bytes) -> bytes:
 
 def apply(op: Op, key: bytes, state: State, now_ms: int, tick: Callable[[int], int]) -> tuple[State, OpResult]:
     """What an operation makes of a state, and what it returns once that is chosen. `tick` gives a version above the
-    one that it is given. An error changes nothing."""
+    one that it is given. An error changes nothing. A fence raises the mark also where the value stays as it is, and its
+    version with it."""
     if state.expires_ms and state.value is not None and state.expires_ms <= now_ms:
-        state = State(tick(state.version), None, 0, now_ms, state.done)
+        state = State(tick(state.version), None, 0, now_ms, state.done, state.fence)
     try:
+        fence = _fence(op, state)
         _check(op, state)
         after, number = _changed(op, state, now_ms)
     except DHTError as error:
@@ -214,10 +229,27 @@ def apply(op: Op, key: bytes, state: State, now_ms: int, tick: Callable[[int], i
         shown = None
         if state.value is not None:
             shown = pack(key, state.value, state.version, 0, state.created_ms, state.expires_ms)
+        if fence != state.fence:
+            created_ms = now_ms if state.value is None else state.created_ms  # a tombstone's age counts from its mark
+            state = state._replace(fence=fence, created_ms=created_ms)
         return state, OpResult(state.version, 0, shown)
     version = tick(state.version)
     done = (*state.done, Done(op.name, version, number))[-WINDOW:]
-    return after._replace(version=version, done=done), OpResult(version, number)
+    return after._replace(version=version, done=done, fence=fence), OpResult(version, number)
+
+
+def _fence(op: Op, state: State) -> tuple[bytes, int] | None:
+    """The mark after the operation. One without a fence passes, and leaves it (L3)."""
+    if op.fence is None or state.fence is None:
+        return op.fence or state.fence
+    (lock, token), (known, highest) = op.fence, state.fence
+    if lock != known:
+        raise WrongFence(
+            f"the key is fenced by {known.decode(errors='replace')}, not by {lock.decode(errors='replace')}"
+        )
+    if token < highest:
+        raise FenceRejected(f"token {token} is behind {highest}, which has been here")
+    return op.fence
 
 
 def _check(op: Op, state: State) -> None:

@@ -183,6 +183,8 @@ class Op(msgspec.Struct, array_like=True, gc=False):
     ttl_ms: int = 0
     delta: int = 0
     retry: bool = False
+    fence: tuple[bytes, int] | None = None
+    """The key of the lock under which it is done, and the token."""
 
 
 class OpResult(msgspec.Struct, array_like=True, gc=False):
@@ -208,6 +210,25 @@ class UpdateReply(Message):
     id: int
     results: list[OpResult]
     error: WireError | None = None
+
+
+class Watch(Message):
+    """Tell me when it is my turn for a lock (watches.py). `version`: what I have seen; `waiter`: my name in line."""
+
+    id: int
+    timeout_ms: int
+    key: bytes
+    version: int
+    waiter: str = ""
+
+
+class WatchReply(Message):
+    """`version`: what is known of the key, 0 where the time is over. `free`: at that version, and it is your turn."""
+
+    id: int
+    version: int = 0
+    error: WireError | None = None
+    free: bool = False
 
 
 class Query(Message):
@@ -636,6 +657,8 @@ KINDS: dict[int, type[Message]] = {
     19: QueryReply,
     20: Update,
     21: UpdateReply,
+    22: Watch,
+    23: WatchReply,
     30: ReplicaRead,
     31: ReplicaReadReply,
     32: ReplicaWrite,

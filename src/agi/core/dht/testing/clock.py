@@ -39,6 +39,9 @@ class SimClock:
     def monotonic(self) -> float:
         return self.offset_s + self._trace.now * self.rate
 
+    def boottime(self) -> float:
+        return self.monotonic()  # no simulated host sleeps
+
     def jump(self, by_ms: int) -> None:
         """The wall clock is set forward or back; `monotonic` does not notice."""
         self.skew_ms += by_ms

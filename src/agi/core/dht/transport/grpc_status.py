@@ -28,6 +28,9 @@ _STATUS: tuple[tuple[type[DHTError], grpc.StatusCode], ...] = (  # the first cla
     (errors.OutcomeUnknown, grpc.StatusCode.UNKNOWN),  # not UNAVAILABLE: many clients repeat that by themselves
     (errors.StaleEpoch, grpc.StatusCode.ABORTED),
     (errors.VersionConflict, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.FenceRejected, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.LockLost, grpc.StatusCode.ABORTED),
+    (errors.LockHeld, grpc.StatusCode.ABORTED),
     (errors.StorageFull, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.StorageCorrupt, grpc.StatusCode.DATA_LOSS),
     (errors.StorageError, grpc.StatusCode.INTERNAL),

@@ -415,7 +415,7 @@ def _lift(after: list[int], before: list[int], call: int, end: int) -> None:
 
 
 def _unlift(after: list[int], before: list[int], call: int, end: int) -> None:
-    for node in (end, call):  # in the opposite order, since they may be neighbours
+    for node in (end, call):
         after[before[node]] = before[after[node]] = node
 
 
