@@ -123,7 +123,7 @@ def test_a_scenario_is_of_its_seed_alone() -> None:
     assert {len(scenario.joiners) for scenario in drawn} == {0, 1, 2}
     assert {scenario.factor for scenario in drawn} == {3, 5}
     assert any(scenario.factor > len(scenario.nodes) for scenario in drawn)
-    assert {scenario.profile for scenario in drawn} == set(Profile) - {Profile.CHURN}
+    assert {scenario.profile for scenario in drawn} == set(Profile) - {Profile.CHURN, Profile.CONSENSUS}
     assert {scenario.workload.keys for scenario in drawn} == {1, 2, 4, 8}
     assert {scenario.faults_from_start for scenario in drawn} == {True, False}
     churned = [Scenario.draw(seed, Profile.CHURN) for seed in range(1, 101)]
