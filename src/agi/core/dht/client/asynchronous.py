@@ -571,8 +571,12 @@ class DHTClient(MembershipCalls, LockCalls):
                 session.submit(puts)
         if others:
             self._others = {}
-            for batch in others.values():
-                if batch.keys:
+            for name, batch in others.items():
+                small = batch.kind is Kind.UPDATE and len(batch.keys) < HOLD_KEYS
+                if small and session.writing and not release:
+                    self._others[name] = batch
+                    self._hold()
+                elif batch.keys:
                     session.submit(batch)
 
     def _hold(self) -> None:
@@ -582,12 +586,12 @@ class DHTClient(MembershipCalls, LockCalls):
 
     def _release(self) -> None:
         self._held = None
-        if self._gets is not None or self._puts is not None:
+        if self._gets is not None or self._puts is not None or self._others:
             self._flush(release=True)
 
     def _settled(self) -> None:
         """A batch has ended: what waited for it may go, with what its callers ask next."""
-        if (self._gets is not None or self._puts is not None) and not self._flushing:
+        if (self._gets is not None or self._puts is not None or self._others) and not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
 
