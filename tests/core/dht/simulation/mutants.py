@@ -378,17 +378,6 @@ def _round_with_one_vote() -> AbstractContextManager[object]:
     return mock.patch.object(Round, "_enough", lambda self: True)
 
 
-def _promise_not_persisted() -> AbstractContextManager[object]:
-    """The store forgets promises; the process that gave them knows them."""
-    submit = GroupCommit.submit
-
-    def forgetful(self: Any, records: Any, inserts: Any, reply: Any, promises: Any = None) -> Any:
-        kept = {key: promise for key, promise in (promises or {}).items() if not promise}
-        return submit(self, records, inserts, reply, kept)
-
-    return mock.patch.object(GroupCommit, "submit", forgetful)
-
-
 def _acceptance_before_sync() -> AbstractContextManager[object]:
     decide = Replica.decide
 
@@ -473,18 +462,6 @@ def _retry_without_a_name() -> AbstractContextManager[object]:
     return mock.patch.object(registers, "outcome", lambda op, state, first: None)
 
 
-def _reads_of_what_was_accepted_once() -> AbstractContextManager[object]:
-    """A read takes the newest ballot that it sees for chosen."""
-    step = ReadQuorum.step
-
-    def careless(self: Any) -> Any:
-        outcome = step(self)
-        self.contested.clear()
-        return outcome
-
-    return mock.patch.object(ReadQuorum, "step", careless)
-
-
 MUTANTS = (
     Mutant("w-is-one", "a write is acknowledged by W replicas", _w_is_one, Profile.NETWORK),
     Mutant("ack-before-persist", "D1: persist before send", _acknowledge_before_persist, Profile.POWER, seed=34),
@@ -529,7 +506,6 @@ MUTANTS = (
     Mutant("closed-unlevelled", "G1: who closes has what others had", _closed_without_a_look, Profile.NETWORK, seed=25),
     Mutant("wiped-disk", "I1: a name with another disk is another", _wiped_disk_accepted, Profile.CHURN, Turn.LOSE),
     Mutant("round-of-one", "R: a quorum promises and accepts", _round_with_one_vote, Profile.CONSENSUS),
-    Mutant("promise-forgotten", "D1: a promise is durable first", _promise_not_persisted, Profile.CONSENSUS, seed=26),
     Mutant(
         "hasty-acceptance",
         "D1: an acceptance is durable first",
@@ -551,13 +527,6 @@ MUTANTS = (
         "hasty-conflict", "R5: a conflict is told of a chosen value", _conflict_on_a_value_not_chosen, Profile.CONSENSUS
     ),
     Mutant("nameless-retry", "R4: an operation finds itself", _retry_without_a_name, Profile.CONSENSUS, seed=7),
-    Mutant(
-        "unchosen-read",
-        "R9: a read shows what was chosen",
-        _reads_of_what_was_accepted_once,
-        Profile.CONSENSUS,
-        seed=39,
-    ),
 )
 
 

@@ -37,7 +37,7 @@ from agi.core.dht.topology import Member, Topology
 from agi.core.dht.transport.base import Link
 from agi.core.dht.types import PROTOCOL_VERSION
 
-SEEDS = 125
+SEEDS = 75
 CHUNK = 25
 REPLAYED = (1, 2, 8, 13)
 AIMED_SEEDS_MAX, FORMATION_SEEDS_MAX = 60, 200
