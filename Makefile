@@ -30,9 +30,9 @@ sim: $(STAMP)  ## the cluster simulation: SEEDS=n, or one seed: SEED=k [FORMATIO
 sim-mutants: $(STAMP)  ## planted bugs, each of which the simulation must catch: SEEDS=n to try on each
 	@$(BIN)/python -m tests.core.dht.simulation.mutants --seeds $(or $(SEEDS),200)
 
-sim-scale: $(STAMP)  ## failure detection and the ring at 10 to 5000 members: SIZES=10,100, PRESET=lan, JSON=1
+sim-scale: $(STAMP)  ## failure detection and the ring at 10 to 5000 members: SIZES, PRESET, JOBS, RESULT=file, PLOTS=folder
 	@$(BIN)/python -m agi.core.dht.testing.scale $(if $(SIZES),--sizes $(SIZES)) $(if $(PRESET),--preset $(PRESET)) \
-	  $(if $(JSON),--json)
+	  $(if $(JOBS),--jobs $(JOBS)) $(if $(RESULT),--result $(RESULT)) $(if $(PLOTS),--plots $(PLOTS))
 
 chaos: $(STAMP) system-packages  ## real nodes killed, frozen, cut off, filled up: CHAOS_SECONDS=180, SEED=k, REPORT=file
 	@$(BIN)/python -m agi.core.dht.testing.chaos --seconds $(or $(CHAOS_SECONDS),180) $(if $(SEED),--seed $(SEED)) \
