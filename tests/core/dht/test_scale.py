@@ -284,3 +284,16 @@ def test_processes_find_what_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     alone, apart = (scale.measure([3], Pace(), Shape(), 1, jobs)[0] for jobs in (0, 2))
     assert (apart.detection, apart.stalls) == (alone.detection, alone.stalls)
     assert (apart.ring.moved, apart.took_s > 0) == (alone.ring.moved, True)
+
+
+# --- docs/scale.md
+
+
+def test_the_document_shows_the_kept_figures() -> None:
+    result = msgspec.json.decode((DOCS / "scale" / "result.json").read_bytes(), type=scale.Result)
+    assert [each.members for each in result.sizes] == list(scale.SIZES)
+    text = (DOCS / "scale.md").read_text()
+    assert text.split("<!-- table -->\n")[1].split("\n<!-- /table -->")[0] == scale.table(result.sizes)
+    plots = sorted((DOCS / "scale").glob("*.svg"))
+    assert sorted(re.findall(r"\(scale/(\w+\.svg)\)", text)) == [path.name for path in plots]
+    assert {path.stem: _series(path) for path in plots} == _expected_series(list(scale.SIZES))

@@ -5,7 +5,7 @@
     python -m agi.core.dht.testing.scale --read r.json --plots folder     table and plots of figures measured before
 
 scale_members.py measures deaths, news, traffic and stalls in virtual time, the same for a seed on every machine.
-scale_ring.py measures the ring and the topology; its times depend on the machine.
+scale_ring.py measures the ring and the topology; its times depend on the machine. docs/scale.md has the figures.
 """
 
 from __future__ import annotations
