@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from cluster import LOST, Cluster, Wire, until
 
+from agi.core.dht.acceptor import Acceptor
 from agi.core.dht.errors import (
     InvalidRequest,
     InvalidTTL,
@@ -17,15 +20,20 @@ from agi.core.dht.errors import (
     VersionConflict,
     from_wire,
 )
-from agi.core.dht.protocol.consensus import ADD, IF_ABSENT, PUT, is_register
+from agi.core.dht.protocol.consensus import ADD, IF_ABSENT, PUT, ballot, is_register, state_of
 from agi.core.dht.protocol.messages import (
+    Get,
     Op,
     RegisterAccept,
     RegisterAccepted,
     RegisterPrepare,
     RegisterPromises,
+    ReplicaRead,
+    ReplicaScan,
+    Scan,
     Update,
 )
+from agi.core.dht.protocol.record import HEADER
 from agi.core.dht.types import Consistency
 
 
@@ -235,6 +243,60 @@ async def test_an_abandoned_round_does_not_keep_plain_writes_out_for_long() -> N
         await until(lambda: not any(node.acceptor.promises for node in cluster.living()))
         await client.put("k", b"plain")
         assert await client.get("k") == b"plain"
+
+
+@pytest.mark.parametrize("how", ["read", "scan"])
+async def test_a_plain_value_that_a_promise_keeps_from_being_repaired_is_decided_before_it_is_shown(how: str) -> None:
+    """A read finds v2 at one replica, and another has promised: the round that got the promise may have seen v1 alone,
+    so v2 must not be shown as if it stood."""
+    async with Cluster(3) as cluster:
+        wire = await cluster.wire(0)
+        for i in range(3):
+            cluster.plant(i, "k", b"v1", at_ms=1000)
+        cluster.plant(0, "k", b"v2", at_ms=2000)
+        promised: list[object] = []
+        for i in (1, 2):
+            cluster.node(i).acceptor.prepare([b"k"], [ballot(5, 7)], lambda *said: promised.append(said))
+        await until(lambda: len(promised) == 2)
+        cluster.rule(lambda src, dst, m: LOST if dst == "n2" and isinstance(m, ReplicaRead | ReplicaScan) else None)
+        if how == "read":
+            shown = (await wire.ask(Get(0, Consistency.QUORUM, 3000, [b"k"]))).records[0]
+        else:
+            shown = (await wire.ask(Scan(0, Consistency.QUORUM, 3000, b"", b"", 10))).records[0]
+        assert shown[HEADER:] == b"v2"
+        assert sum(is_register(record) and state_of(record).value == b"v2" for record in cluster.held("k")) >= 2
+
+
+async def test_a_promise_of_a_node_that_does_not_hold_the_key_is_forgotten() -> None:
+    async with Cluster(4) as cluster:
+        stranger = next(iter({0, 1, 2, 3} - set(cluster.holders("k"))))
+        acceptor = cluster.node(stranger).acceptor
+        promised: list[object] = []
+        acceptor.prepare([b"k"], [ballot(5, 7)], lambda *said: promised.append(said))
+        await until(lambda: promised)
+        assert acceptor.promises == 1
+        await until(lambda: not acceptor.promises)
+        assert cluster.held("k") == [None] * 4  # and nothing had to be decided for that
+
+
+def test_a_key_that_is_promised_again_and_again_does_not_hide_others_that_were_abandoned() -> None:
+    now = [0.0]
+
+    class Kept:
+        promises: dict[bytes, bytes] = {}  # one of them is made
+        store = SimpleNamespace(voting_refusal="")
+
+        def decide(self, keys: list[bytes], decide: Any, done: Any, *, values: bool) -> None:
+            decide([None] * len(keys))
+            done(None)
+
+    acceptor = Acceptor(cast(Any, Kept()), cast(Any, SimpleNamespace(monotonic=lambda: now[0])))
+    acceptor.prepare([b"busy"], [ballot(1, 7)], lambda *said: None)
+    acceptor.prepare([b"left"], [ballot(1, 7)], lambda *said: None)
+    for ms in range(2, 10):
+        now[0] += 0.5
+        acceptor.prepare([b"busy"], [ballot(ms, 7)], lambda *said: None)
+    assert acceptor.abandoned(10) == [b"left"]
 
 
 async def test_bad_input_changes_nothing() -> None:

@@ -75,10 +75,16 @@ class Acceptor:
                 raise Overloaded(f"{len(promises)} rounds of consensus are open at this node already")
             # From here on plain writes are refused; if it cannot be stored, that refuses more than it has to.
             promises.update(given)
-            self._given.update(dict.fromkeys(given, self._clock.monotonic()))
+            now = self._clock.monotonic()
+            for key in given:
+                self._given.pop(key, None)  # so that the last given come last
+                self._given[key] = now
             return Batch(promises=given)
 
-        self._decide(keys, decide, lambda error: done([], None, error) if error else done(held, refusals or None, None))
+        def decided(error: WireError | None) -> None:
+            done(held, refusals or None, None) if error is None else done([], None, error)
+
+        self._decide(keys, decide, decided, values=True)
 
     def accept(self, keys: list[bytes], records: list[bytes], done: Accepted) -> None:
         """Accepts these records, each key once; `done` hears which not."""
@@ -112,13 +118,27 @@ class Acceptor:
                         self._given.pop(key, None)
             done(refusals or None, error)
 
-        self._decide(keys, decide, decided)
+        self._decide(keys, decide, decided, values=False)
+
+    def forget(self, key: bytes) -> None:
+        """This node does not hold the key any more, and has no vote on it: what it promised binds nobody (R6)."""
+        promises = self._replica.promises
+        promise = promises.get(key)
+
+        def forgotten(error: WireError | None) -> None:
+            if error is None and promises.get(key) == promise:
+                promises.pop(key, None)
+                self._given.pop(key, None)
+
+        self._decide([key], lambda _: Batch(promises={key: b""}), forgotten, values=False)
 
     def _decide(
         self,
         keys: list[bytes],
         decide: Callable[[list[bytes | None]], Batch],
         done: Callable[[WireError | None], None],
+        *,
+        values: bool,
     ) -> None:
         refusal = self._replica.store.voting_refusal
         if refusal:
@@ -128,7 +148,7 @@ class Acceptor:
         def decided(error: DHTError | None) -> None:
             done(None if error is None else error.to_wire())
 
-        self._replica.decide(keys, decide, decided)
+        self._replica.decide(keys, decide, decided, values=values)
 
     def abandoned(self, limit: int) -> list[bytes]:
         """Keys whose rounds should have ended; each is named again only after as long."""

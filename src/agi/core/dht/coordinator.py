@@ -127,4 +127,4 @@ class Coordinator:
         if isinstance(group, WriteGroup):
             self._writes.reply(group, peer, reply)
         elif isinstance(group, ReadGroup):
-            group.repaired(peer.node_id, reply.error)
+            group.repaired(peer.node_id, reply.superseded, reply.error)

@@ -31,7 +31,7 @@ from agi.core.dht.protocol.messages import (
     WireError,
 )
 from agi.core.dht.protocol.quorum import Agreed, JointReadQuorum, ReadQuorum, Repair
-from agi.core.dht.protocol.record import FLAGS, REGISTER, is_live
+from agi.core.dht.protocol.record import FLAGS, REGISTER, REGISTERED, is_live
 from agi.core.dht.requests import Operation, ReplyTo, Requests, refusal
 from agi.core.dht.transport.codec import encode
 from agi.core.dht.types import Consistency
@@ -299,11 +299,14 @@ class ReadGroup(ReadQuorum):
         except (TransportError, Overloaded) as error:
             self.lost(replica, error)
 
-    def _repaired_here(self, replica: str, superseded: object, live: object, error: WireError | None) -> None:
-        self.repaired(replica, error)
+    def _repaired_here(
+        self, replica: str, superseded: list[tuple[int, int]] | None, live: object, error: WireError | None
+    ) -> None:
+        self.repaired(replica, superseded, error)
 
-    def repaired(self, replica: str, error: WireError | None) -> None:
-        """A repair was stored, or the replica holds something newer still, which is as good."""
+    def repaired(self, replica: str, superseded: list[tuple[int, int]] | None, error: WireError | None) -> None:
+        """A repair was stored, or the replica holds something newer still, which is as good. Where it has come under
+        consensus meanwhile it may hold nothing newer: a round has to tell what the key holds (R1)."""
         if replica not in self.waiting:
             return
         if error is not None:
@@ -311,6 +314,10 @@ class ReadGroup(ReadQuorum):
                 self.lost(replica, from_wire(*error))
             return
         del self.waiting[replica]
+        if superseded:
+            places = self.repairs[replica]
+            decided = [places[i] for i, hlc in superseded if hlc >= REGISTERED]
+            self.contested = {*self.contested, *decided}
         agreed = self.add_repaired(replica, self.repairs[replica])
         if agreed is not None:
             self._done(agreed.records)
@@ -347,24 +354,28 @@ class ReadGroup(ReadQuorum):
             for place, record in zip(self.places, outcome, strict=True):
                 results[place] = record
         if self.contested:
-            contested = self.contested if self.places is None else {self.places[i] for i in self.contested}
-            operation.contested = contested | (operation.contested or set())
+            contested = self.contested if self.places is None else [self.places[i] for i in self.contested]
+            operation.contested = {*contested, *(operation.contested or ())}
         operation.left -= 1
         if operation.left:
             return
         records = operation.results
         now_ms = 0
-        looks: list[int] = []
+        looks = list(operation.contested or ())
         for index, record in enumerate(records):
             if record is not None and record[FLAGS]:
                 now_ms = now_ms or requests.clock.wall_ms()
+                register = record[FLAGS] & REGISTER
+                if not register and is_live(record, now_ms):
+                    continue
                 if records is operation.results:
                     records = records.copy()  # a replica's reply holds this list
-                if record[FLAGS] & REGISTER:
-                    if not self._shown(records, index, now_ms):
-                        looks.append(index)
-                elif not is_live(record, now_ms):
+                if not register:
                     records[index] = None
+                elif index not in looks and not self._shown(records, index, now_ms):
+                    looks.append(index)
+        if looks and records is operation.results:
+            records = records.copy()
         operation.results = records
         if not looks:
             self._finish()
@@ -379,9 +390,7 @@ class ReadGroup(ReadQuorum):
         operation, record = self.operation, records[index]
         assert record is not None
         try:
-            if operation.request.consistency != Consistency.ONE and (
-                index in (operation.contested or ()) or not is_settled(record, now_ms)
-            ):
+            if operation.request.consistency != Consistency.ONE and not is_settled(record, now_ms):
                 return False
             plain = as_plain(operation.request.keys[index], record)
         except StorageCorrupt as error:

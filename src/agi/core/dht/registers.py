@@ -143,7 +143,8 @@ class _Frame:
         self.id = 0
 
     def lost(self, replica: str, error: DHTError) -> None:
-        if self.waiting.pop(replica, self) is not self:
+        if replica in self.waiting:
+            del self.waiting[replica]
             self.registers.replica_failed(self, replica)
             self.settle()
 
@@ -155,10 +156,7 @@ class _Frame:
                 self.registers.begin_anew(key)
 
     def restart(self) -> None:
-        self.waiting.clear()
-        for key, round_ in self.items:
-            if key.round is round_:
-                self.registers.begin_anew(key)
+        self.waiting.clear()  # `Registers.adopt` begins its rounds anew
 
     def settle(self) -> None:
         if not self.waiting:
@@ -285,6 +283,9 @@ class Registers:
         are refused."""
         deadline = self._clock.monotonic() + 2 * ROUND_S
         for key in self._acceptor.abandoned(SETTLE_AT_ONCE):
+            if self.requests.me not in self.requests.replicas(key):
+                self._acceptor.forget(key)
+                continue
             self.run(Op(LOOK_NAME, key, LOOK), deadline, _ignore)
 
     # --- rounds

@@ -388,9 +388,9 @@ class Replica:
 
     # --- registers (acceptor.py)
 
-    def decide(self, keys: list[bytes], decide: Decide, done: Parked) -> None:
-        """Stores what `decide` makes of what is held of these keys; `done` once that, and all that it was told, is
-        durable. Raises nothing."""
+    def decide(self, keys: list[bytes], decide: Decide, done: Parked, *, values: bool) -> None:
+        """Stores what `decide` makes of what is held of these keys, at least the headers, or with their `values`;
+        `done` once that, and all that it was told, is durable. Raises nothing."""
         if not self.store.local:
             self._enqueue(
                 DECIDE, keys, [], False, lambda _, __, error: done(None if error is None else from_wire(*error)), decide
@@ -400,7 +400,7 @@ class Replica:
         try:
             if commit is not None and commit.error is not None:
                 raise commit.error
-            records = self.store.read(keys)
+            records = self.store.read(keys) if values else self.store.headers(keys)
             if commit is not None and not commit.idle:
                 for index, key in enumerate(keys):
                     unsynced = commit.overlay(key)

@@ -40,11 +40,12 @@ from agi.core.dht.protocol.messages import (
     ReplicaScan,
     ReplicaScanReply,
     ReplicaWrite,
+    ReplicaWriteReply,
     Scan,
     ScanReply,
     WireError,
 )
-from agi.core.dht.protocol.record import is_live
+from agi.core.dht.protocol.record import REGISTERED, is_live
 from agi.core.dht.replica import Replica
 from agi.core.dht.requests import Decide, undecided
 from agi.core.dht.ring import Ring
@@ -238,7 +239,8 @@ class Scanner:
                     if name in pages and versions.get(name) != newest:
                         repairs.setdefault(name, []).append((key, newest))
         if repairs:
-            await self._repair(view, repairs, trace)
+            decided = await self._repair(view, repairs, trace)
+            contested += [index for index, key in enumerate(keys) if key in decided]
         contested = [index for index in contested if index < len(keys)]
         if contested:
             found = await asyncio.gather(*(self._look(keys[index], request.timeout_ms) for index in contested))
@@ -337,27 +339,31 @@ class Scanner:
             self._on_stale(name)
             raise
 
-    async def _repair(self, view: _View, repairs: dict[str, list[tuple[bytes, bytes]]], trace: str) -> None:
+    async def _repair(self, view: _View, repairs: dict[str, list[tuple[bytes, bytes]]], trace: str) -> set[bytes]:
+        """Brings the newest records to who lacks them; returns keys that have come under consensus meanwhile: of those
+        a round has to tell what they hold (R1)."""
         self._metrics.read_repairs += sum(map(len, repairs.values()))
 
-        async def one(name: str, items: list[tuple[bytes, bytes]]) -> None:
+        async def one(name: str, items: list[tuple[bytes, bytes]]) -> list[bytes]:
             keys, records = [key for key, _ in items], [record for _, record in items]
+            superseded: list[tuple[int, int]] | None
             if name == self._me:
-                done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                done: asyncio.Future[list[tuple[int, int]] | None] = asyncio.get_running_loop().create_future()
 
-                def written(superseded: object, live: object, error: WireError | None) -> None:
+                def written(found: list[tuple[int, int]] | None, live: object, error: WireError | None) -> None:
                     if not done.done():
-                        if error is None:
-                            done.set_result(None)
-                        else:
-                            done.set_exception(from_wire(*error))
+                        done.set_result(found) if error is None else done.set_exception(from_wire(*error))
 
                 self._replica.write(REPAIR, keys, records, False, written)
-                await done
-                return
-            await self._call(name, ReplicaWrite(0, view.topology.epoch, trace, REPAIR, keys, records))
+                superseded = await done
+            else:
+                reply = await self._call(name, ReplicaWrite(0, view.topology.epoch, trace, REPAIR, keys, records))
+                assert isinstance(reply, ReplicaWriteReply)
+                superseded = reply.superseded
+            return [keys[index] for index, hlc in superseded or () if hlc >= REGISTERED]
 
-        await asyncio.gather(*(one(name, items) for name, items in repairs.items()))
+        found = await asyncio.gather(*(one(name, items) for name, items in repairs.items()))
+        return {key for keys in found for key in keys}
 
 
 def _settle(future: asyncio.Future[Page], page: Page, error: WireError | None) -> None:

@@ -90,10 +90,6 @@ def ms_of(ballot: bytes) -> int:
     return int.from_bytes(ballot[:6], "big") & MS_MAX
 
 
-def is_ballot(data: bytes) -> bool:
-    return len(data) == BALLOT_BYTES and data[0] >= 0x80
-
-
 def is_register(record: bytes | None) -> TypeGuard[bytes]:
     return record is not None and record[0] >= 0x80
 

@@ -10,7 +10,7 @@ add is kept in a slot of their base, so that a driver can derive from both its s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from agi.core.dht.errors import ClockSkew, DHTError, OutcomeUnknown, Unavailable
@@ -243,7 +243,7 @@ class ReadQuorum:
         self.replies: list[tuple[str, list[bytes | None]]] = []
         self.failures = 0
         self.reason: DHTError | None = None
-        self.contested: set[int] = set()
+        self.contested: Collection[int] = ()
         """Keys under consensus of which replicas show different ballots: a round has to tell (R9)."""
         self._repairing = False
         self._records: list[bytes | None] = []
@@ -271,13 +271,16 @@ class ReadQuorum:
             return Agreed(newest)
         self._records = newest
         stale = []
+        contested: set[int] = set()
         for replica, records in replies:
             behind = [i for i, record in enumerate(records) if record != newest[i]]
             if behind and (registers := [i for i in behind if is_register(newest[i])]):
-                self.contested.update(registers)
-                behind = [i for i in behind if i not in self.contested]
+                contested.update(registers)
+                behind = [i for i in behind if i not in contested]
             if behind:
                 stale.append((replica, behind))
+        if contested:
+            self.contested = contested
         if not stale:
             return Agreed(newest)
         for index in {i for _, behind in stale for i in behind}:
