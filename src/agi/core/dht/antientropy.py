@@ -252,7 +252,7 @@ class AntiEntropy:
                     trace=f"repair:{self._me}:{self._number}",
                     salt=self._rng.getrandbits(64) | 1,
                     completed=name in self._ended,
-                    young=self._young() if young_from is None else young_from.__lt__,
+                    young=self._young() if young_from is None else lambda hlc: young_from < hlc < REGISTERED,
                 )
                 report = core.report
                 self._ended.discard(name)
