@@ -141,7 +141,13 @@ class Link:
 
 
 def converse(
-    mine: Replica, link: Link, *, bounds: Span = WHOLE, salt: int = 12345, young: Callable[[int], bool] | None = None
+    mine: Replica,
+    link: Link,
+    *,
+    bounds: Span = WHOLE,
+    salt: int = 12345,
+    young: Callable[[int], bool] | None = None,
+    late: Callable[[int, int], bool] | None = None,
 ) -> Report:
     core = Exchange(
         mine.trees,
@@ -152,6 +158,7 @@ def converse(
         salt=salt,
         completed=False,
         young=young or (lambda hlc: False),
+        late=late or (lambda token, hlc: False),
     )
     effect = core.begin()
     while not isinstance(effect, Done):
@@ -296,6 +303,17 @@ def test_what_was_written_a_moment_ago_is_left_alone() -> None:
     assert report.differences == 4 and mine.records == other.records == merged(one, two)
 
 
+def test_what_was_reclaimed_here_is_not_fetched_from_who_keeps_it() -> None:
+    base = {key: record(key, 50) for key in (b"k%d" % n for n in range(30))}
+    two = {**base, b"kept": record(b"kept", 10), b"new": record(b"new", 60)}
+    mine, other = Replica(base), Replica(two)
+    report = converse(mine, Link(other), late=lambda at, hlc: hlc <= 20 << 16)
+    assert (report.differences, report.behind, report.received) == (1, 1, 1)
+    assert mine.records == {**base, b"new": two[b"new"]} and mine.trees.unknown == 0
+    report = converse(other, Link(mine), late=lambda at, hlc: False)  # which cannot know
+    assert (report.differences, report.behind, report.sent) == (1, 0, 1)
+
+
 def test_a_record_that_one_side_has_shrunk_is_no_difference() -> None:
     expired = {key: record(key, 1, expires_ms=9) for key in (b"k%d" % n for n in range(100))}
     one, two = dict(expired), {key: shrink(key, each) for key, each in expired.items()}
@@ -337,6 +355,7 @@ def test_only_the_ranges_asked_about_are_compared() -> None:
         salt=1,
         completed=False,
         young=lambda hlc: False,
+        late=lambda token, hlc: False,
     )
     effect = core.begin()
     assert isinstance(effect, Ask) and isinstance(effect.message, TreeRoot)

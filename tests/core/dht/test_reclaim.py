@@ -205,6 +205,28 @@ async def test_a_round_that_cannot_close_everywhere_reclaims_nowhere() -> None:
         refused()
 
 
+async def test_a_replica_that_was_not_told_to_reclaim_is_told_by_the_next_round() -> None:
+    async with Cluster(3, settings=SETTINGS) as cluster:
+        client = await cluster.client()
+        await client.delete("k", consistency=Consistency.ALL)
+        unsaid = cluster.rule(
+            lambda src, dst, message: (
+                LOST if isinstance(message, ReclaimStep) and (dst, message.step) == ("n2", RECLAIM) else None
+            )
+        )
+        waiting = asyncio.ensure_future(round_(cluster))
+        await until(lambda: all(cluster.node(i).replica.floors.at(0).reclaimed for i in (0, 1)))
+        waiting.cancel()
+        unsaid()
+        for node in cluster.living():
+            await node.reclaimer.clear()
+        assert [record is None for record in cluster.held("k")] == [True, True, False]
+        report = await cluster.node(0).antientropy.exchange("n2")
+        assert (report.differing > 0, report.differences) == (True, 0)
+        await round_(cluster)
+        assert cluster.held("k") == [None] * 3
+
+
 async def test_a_leaders_rounds_run_by_themselves_and_status_shows_what_waits() -> None:
     settings = {**SETTINGS, "dht.reclaim.interval_ms": 30, "dht.reclaim.lag_ms": 1}
     async with Cluster(3, settings=settings) as cluster:

@@ -127,6 +127,7 @@ class AntiEntropy:
         self.keeper = TreeKeeper(node_id, replica, clock, own, build_keys_per_s)
         self.answers = TreeAnswers(self.keeper, clock, own, stale)
         self._me = node_id
+        self._replica = replica
         self._peers = peers
         self._calls = calls
         self._clock = clock
@@ -253,6 +254,7 @@ class AntiEntropy:
                     salt=self._rng.getrandbits(64) | 1,
                     completed=name in self._ended,
                     young=self._young() if young_from is None else lambda hlc: young_from < hlc < REGISTERED,
+                    late=lambda token, hlc: hlc <= self._replica.floors.at(token).closed,
                 )
                 report = core.report
                 self._ended.discard(name)

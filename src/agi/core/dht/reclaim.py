@@ -307,14 +307,15 @@ class Reclaimer:
         await self._raise(placement, spans, Height(version, version, 0), settle=True)
 
     async def _level_with(self, name: str, version: int) -> None:
-        """An exchange finds nothing up to that version in which the two differ."""
+        """An exchange finds nothing up to that version that this node lacks. What the other one lacks is its own to
+        close: it may have reclaimed what this node keeps, where the word to reclaim did not arrive."""
         for _ in range(LEVEL_TRIES):
             report = await self._node.antientropy.exchange(name, young_from=version)
             if report.unknown:
                 raise NotReady("hash trees are being built")
-            if not report.differences:
+            if not report.behind:
                 return
-        raise NotReady(f"{self._node.node_id} and {name} still differ after {LEVEL_TRIES} exchanges")
+        raise NotReady(f"{self._node.node_id} still lacks what {name} has after {LEVEL_TRIES} exchanges")
 
     # --- the store
 

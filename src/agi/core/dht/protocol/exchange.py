@@ -125,7 +125,7 @@ class Report:
         ranges: compared; `unknown` others were not, because one side's trees are not built yet.
         differing: of these ranges.
         leaves: whose records were compared.
-        differences: keys of which one side was behind.
+        differences: keys of which one side was behind; `behind`: of which this one was.
         young: keys that differ, but were written a moment ago.
         sent, received: records.
     """
@@ -135,6 +135,7 @@ class Report:
     differing: int = 0
     leaves: int = 0
     differences: int = 0
+    behind: int = 0
     young: int = 0
     sent: int = 0
     received: int = 0
@@ -150,6 +151,8 @@ class Exchange:
         salt: odd, random; a new one for each exchange.
         completed: whether the last exchange with this peer came to its end.
         young: whether a record of this HLC may still be under way.
+        late: whether a record at this token and of this HLC, of which this node holds nothing, was reclaimed here: a
+            peer that was not told to reclaim keeps it until the next round, and it is no difference until then.
     """
 
     def __init__(
@@ -163,6 +166,7 @@ class Exchange:
         salt: int,
         completed: bool,
         young: Callable[[int], bool],
+        late: Callable[[int, int], bool],
     ) -> None:
         self.report = Report()
         self._completed = completed
@@ -173,6 +177,7 @@ class Exchange:
         self.trace = trace
         self._salt = salt
         self._young = young
+        self._late = late
         self._expand: list[Node] = []
         self._asked: list[tuple[Node, int]] = []
         self._leaves: deque[Node] = deque()
@@ -362,12 +367,14 @@ class Exchange:
             if ours >= theirs:
                 self._send.append((entry.key, entry.size))
             if theirs >= ours:
+                report.behind += 1
                 self._fetch.append(entry.token)
         for token, hlc in extra.items():
             if young(hlc):
                 report.young += 1
-            else:
+            elif not self._late(token, hlc):
                 report.differences += 1
+                report.behind += 1
                 self._fetch.append(token)
         for entry in self._entries:  # what was written meanwhile explains why the sums differed
             if young(hlc_of(entry.header)):
