@@ -18,6 +18,7 @@ from unittest import mock
 import msgspec
 
 from agi.core.dht import acceptor, node, registers, tree_answers
+from agi.core.dht.acceptor import Acceptor
 from agi.core.dht.epochs import Epochs
 from agi.core.dht.errors import Unavailable
 from agi.core.dht.hello import KnownBoots, check_hello
@@ -38,6 +39,7 @@ from agi.core.dht.protocol.versioning import writer_id
 from agi.core.dht.reclaim import Reclaimer
 from agi.core.dht.registers import Registers
 from agi.core.dht.replica import Replica
+from agi.core.dht.testing.clock import EPOCH_MS
 from agi.core.dht.testing.formation import run_formation
 from agi.core.dht.testing.report import Report
 from agi.core.dht.testing.scenario import Profile, Turn
@@ -379,20 +381,52 @@ def _round_with_one_vote() -> AbstractContextManager[object]:
 
 
 def _acceptance_before_sync() -> AbstractContextManager[object]:
-    decide = Replica.decide
+    accept = Acceptor.accept
 
-    def hasty(self: Any, keys: Any, what: Any, done: Any) -> None:
+    def hasty(self: Any, keys: Any, records: Any, done: Any) -> None:
         told: list[object] = []
 
-        def once(error: Any) -> None:
+        def once(refusals: Any, error: Any) -> None:
             if not told:
                 told.append(error)
-                done(error)
+                done(refusals, error)
 
-        decide(self, keys, what, once)
-        once(None)
+        accept(self, keys, records, once)
+        once(None, None)
 
-    return mock.patch.object(Replica, "decide", hasty)
+    return mock.patch.object(Acceptor, "accept", hasty)
+
+
+def _promises_not_persisted() -> AbstractContextManager[object]:
+    """Promises are given, and kept in memory alone."""
+    submit = GroupCommit.submit
+
+    def forgetful(self: Any, records: Any, inserts: Any, reply: Any, promises: Any = None) -> Any:
+        return submit(self, records, inserts, reply, None)
+
+    return mock.patch.object(GroupCommit, "submit", forgetful)
+
+
+class _SinceBoot:
+    """The clock of a machine that shows the same time at each start, and counts calls instead of time."""
+
+    def __init__(self, clock: Any) -> None:
+        self.monotonic, self.boottime = clock.monotonic, clock.boottime
+        self._ms = EPOCH_MS
+
+    def wall_ms(self) -> int:
+        self._ms += 1
+        return self._ms
+
+
+def _ballots_reused() -> AbstractContextManager[object]:
+    """A ballot does not tell which start of its node made it, and the clock has gone back to where it was then."""
+    init = Registers.__init__
+
+    def forgetful(self: Any, requests: Any, votes: Any, hlc: Any, proposer: int, clock: Any, *rest: Any) -> None:
+        init(self, requests, votes, hlc, proposer >> 32 << 32, _SinceBoot(clock), *rest)  # type: ignore[arg-type]  # a Clock by what it has
+
+    return mock.patch.object(Registers, "__init__", forgetful)
 
 
 def _plain_put_past_a_register() -> AbstractContextManager[object]:
@@ -512,6 +546,8 @@ MUTANTS = (
         _acceptance_before_sync,
         Profile.CONSENSUS,
     ),
+    Mutant("promise-lost", "D1: a promise is durable first", _promises_not_persisted, Profile.CONSENSUS),
+    Mutant("ballot-reused", "R3: the boot counter is part of a ballot", _ballots_reused, Profile.CONSENSUS),
     Mutant(
         "plain-past-register",
         "R1: plain puts take the path of the register",

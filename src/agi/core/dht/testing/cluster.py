@@ -1,7 +1,8 @@
 """A simulated cluster: the node's own code on hosts, disks and a network that fail as a plan says.
 
 Beside running it, this module watches from outside what the nodes promise on the wire: what a Hello tells of is durable
-at its sender (PROTOCOLS D1, T2, T11), and one version names one value (V1).
+at its sender (PROTOCOLS D1, T2, T11), so is every vote on a key that is told of (votes.py), and one version names one
+value, as does one ballot (V1, R3).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import random
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import msgspec
 
@@ -21,6 +23,7 @@ from agi.core.dht.errors import DHTError, Removed
 from agi.core.dht.identity import Identity, Promise
 from agi.core.dht.node import Node
 from agi.core.dht.observability.metrics import Metrics
+from agi.core.dht.protocol.consensus import is_register
 from agi.core.dht.protocol.floors import is_dead
 from agi.core.dht.protocol.hints import Hints
 from agi.core.dht.protocol.messages import (
@@ -29,6 +32,10 @@ from agi.core.dht.protocol.messages import (
     EpochReply,
     Hello,
     Message,
+    RegisterAccept,
+    RegisterAccepted,
+    RegisterPrepare,
+    RegisterPromises,
     ReplicaWrite,
     TopologyNews,
 )
@@ -42,6 +49,7 @@ from agi.core.dht.testing.host import Host
 from agi.core.dht.testing.network import SimNetwork, SimTransport
 from agi.core.dht.testing.scenario import Churn, Scenario, address_of
 from agi.core.dht.testing.simulation import Simulation
+from agi.core.dht.testing.votes import Votes
 from agi.core.dht.testing.workload import TIMED
 from agi.core.dht.topology import LEAVING, NORMAL, Topology, unpack
 from agi.core.dht.types import MemberStatus
@@ -67,6 +75,7 @@ class SimCluster:
         running: the Node of each host that is up.
         metrics, hints, repairs, reclaimers: of every process that was started.
         findings: what was seen on the wire.
+        votes: what was told of votes on keys.
         starts_failed, exits: processes that could not start, and those that ended by themselves.
         lost: members whose disk was lost, and that disk's id, until the cluster has let the member go.
     """
@@ -75,8 +84,9 @@ class SimCluster:
         self.sim = sim
         self.scenario = scenario
         self.network = SimNetwork(sim.loop, sim.stream("network"))
-        self.network.policy = self._watched(self.network.policy)
         self.disks: dict[str, SimDisk] = {}
+        self.votes = Votes(self.disks, partial(self._find, "durable"))
+        self.network.policy = self._watched(self.network.policy)
         self.wiped: list[SimDisk] = []
         self.running: dict[str, Node] = {}
         self.metrics: list[Metrics] = []
@@ -527,18 +537,24 @@ class SimCluster:
     def _watched(
         self, policy: Callable[[str, str, Message], Sequence[float]]
     ) -> Callable[[str, str, Message], Sequence[float]]:
+        # by class, as nearly all messages are of those that nothing is asked about
+        checks: dict[type[Message], Callable[[str, str, Any], None]] = {
+            ReplicaWrite: lambda src, dst, write: self._check_values(write.keys, write.records),
+            RegisterPrepare: self.votes.prepare,
+            RegisterAccept: self._check_accept,
+            RegisterPromises: self.votes.promises,
+            RegisterAccepted: self.votes.accepted,
+            Hello: lambda src, dst, hello: self._check_hello(src, hello),
+            EpochPrepare: self._asks_for_vote,
+            EpochAccept: self._asks_for_vote,
+            EpochReply: self._check_vote,
+            TopologyNews: lambda src, dst, news: self._check_told(src, news.topology),
+        }
+
         def watch(src: str, dst: str, message: Message) -> Sequence[float]:
-            kind = message.__class__
-            if kind is ReplicaWrite:
-                self._check_versions(message)  # type: ignore[arg-type]  # mypy does not narrow by __class__
-            elif kind is Hello:
-                self._check_hello(src, message)  # type: ignore[arg-type]  # as above
-            elif isinstance(message, EpochPrepare | EpochAccept):
-                self._asked[src, dst, message.id] = message.epoch
-            elif isinstance(message, EpochReply):
-                self._check_vote(src, dst, message)
-            elif isinstance(message, TopologyNews):
-                self._check_told(src, message.topology)
+            check = checks.get(message.__class__)
+            if check is not None:
+                check(src, dst, message)
             return policy(src, dst, message)
 
         return watch
@@ -565,6 +581,9 @@ class SimCluster:
         if known != topology.digest:
             self._find("one epoch", f"epoch {topology.epoch} is {known[:8]} and, says {source}, {topology.digest[:8]}")
 
+    def _asks_for_vote(self, src: str, dst: str, message: EpochPrepare | EpochAccept) -> None:
+        self._asked[src, dst, message.id] = message.epoch
+
     def _check_vote(self, src: str, dst: str, reply: EpochReply) -> None:
         """A vote is on the voter's disk before its answer leaves (D1)."""
         epoch = self._asked.get((dst, src, reply.id))
@@ -580,14 +599,20 @@ class SimCluster:
         if not stored:
             self._find("durable", f"{src} told of its vote on epoch {epoch} before it was on its disk")
 
-    def _check_versions(self, write: ReplicaWrite) -> None:
-        for key, record in zip(write.keys, write.records, strict=True):
+    def _check_accept(self, src: str, dst: str, accept: RegisterAccept) -> None:
+        self._check_values(accept.keys, accept.records)
+        self.votes.accept(src, dst, accept)
+
+    def _check_values(self, keys: Sequence[bytes], records: Sequence[bytes]) -> None:
+        """A version of a writer names one value of a key, and so does a ballot with its place in its round."""
+        for key, record in zip(keys, records, strict=True):
             if record[FLAGS] & SHRUNK:
                 continue
             before = self._records.setdefault((key, record[:16]), record)
             if before != record:
-                version, writer = record[:8].hex(), record[8:16].hex()
-                self._find("one value", f"version {version} of writer {writer} names two values of {key.decode()}")
+                what = "ballot" if is_register(record) else "version"
+                name = f"{record[:8].hex()} of writer {record[8:16].hex()}"
+                self._find("one value", f"{what} {name} names two values of {key.decode()}")
 
     def _find(self, check: str, text: str) -> None:
         self.sim.trace.record("finding", f"{check}: {text}")

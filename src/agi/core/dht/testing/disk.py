@@ -184,6 +184,10 @@ class SimDisk:
         """`durable` of a named value of the node."""
         return self._synced.meta.get(name)
 
+    def durable_promise(self, key: bytes) -> bytes:
+        """`durable` of a promise; empty for none."""
+        return self._synced.promises.get(key, b"")
+
     # --- for its store
 
     def open(self, holder: SimStore) -> _Image:

@@ -28,6 +28,8 @@ from agi.core.dht.testing.trial import run_seed
 
 CHUNK_SEEDS = 4
 """Seeds that a worker process takes at a time."""
+WORKER_CHUNKS = 25
+"""A worker makes room for a new one after so many: what a process of long runs has grown to is given back."""
 
 
 def run_both(seed: int, profile: Profile | None = None, turn: Turn | None = None) -> list[Report]:
@@ -46,7 +48,7 @@ def run_seeds(
         for seed in seeds:
             yield from run(seed)
         return
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=WORKER_CHUNKS) as pool:
         for reports in pool.imap(run, seeds, CHUNK_SEEDS):
             yield from reports
 

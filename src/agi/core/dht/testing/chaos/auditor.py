@@ -57,6 +57,10 @@ class Kind(enum.StrEnum):
     """A node ended, or did not start, without being told to."""
     HUNG = "hung"
     """A call went on long after its deadline."""
+    NOT_LINEARIZABLE = "not linearizable"
+    """No order of the recorded operations of a key, or a lock, explains what they returned."""
+    UNDECIDED = "undecided"
+    """Whether there is one could not be decided within bounds."""
     RAISED = "raised"
     """A callback or a task of the client library ended in an error that no caller saw."""
 

@@ -42,6 +42,7 @@ TOOLS = {
 """What is used, and the Debian package that has it."""
 TRIAL = """
 mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs /dev/shm
 ip netns add trial
 ip link add bridge0 type bridge
 ip link add trial0 type veth peer name eth0 netns trial
@@ -109,10 +110,21 @@ class Network:
 
     async def open(self) -> None:
         await command("mount", "-t", "tmpfs", "tmpfs", "/run")
+        await command("mount", "-t", "tmpfs", "tmpfs", "/dev/shm")  # libfaketime leaves files there when it is killed
         await command("ip", "link", "set", "lo", "up")
         await command("ip", "link", "add", "bridge0", "type", "bridge")
         await command("ip", "address", "add", f"{SUBNET}.1/24", "dev", "bridge0")
         await command("ip", "link", "set", "bridge0", "up")
+
+    async def close(self) -> None:
+        """Nothing runs in it any more. Another may be opened."""
+        for number, name in enumerate(self._addresses, 1):
+            if name != CLIENTS:
+                await command("ip", "link", "delete", f"port{number}")
+                await command("ip", "netns", "delete", name)
+        await command("ip", "link", "delete", "bridge0")
+        await command("umount", "--lazy", "/run")
+        await command("umount", "--lazy", "/dev/shm")
 
     async def attach(self, name: str) -> str:
         """The address of a node, whose namespace is made when first asked for."""

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agi.core.dht.testing.chaos.disk import SmallDisk
+from agi.core.dht.testing.chaos.disk import Disk
 from agi.core.dht.testing.chaos.network import Network
+from agi.core.dht.testing.chaos.skew import Clock
 
 START_TIMEOUT_S = 40.0
 STOP_TIMEOUT_S = 30.0
@@ -31,6 +32,8 @@ FULL_S = 10.0
 """For so long after its disk was freed a node may still end for want of space."""
 LOG_TAIL_BYTES = 1500
 PORT = 7000
+SERVER = ("-X", "faulthandler", "-m", "agi.core.dht.server")
+"""What the interpreter is told to run."""
 SETTINGS = {
     "replication.factor": "3",
     "network.unix_socket": "",
@@ -49,12 +52,16 @@ class Node:
         killed: that the process ends is our doing.
         started_s: when its process was started last, by the loop's clock.
         refusals: starts that failed one after the other.
+        disk: what its data lies on, if on one of the run's own.
+        clock: what its wall clock shows, if that can be shifted.
     """
 
     name: str
     address: str
     path: Path
     log: Path
+    disk: Disk | None = None
+    clock: Clock | None = None
     wanted: bool = False
     held: int = 0
     frozen: int = 0
@@ -81,6 +88,8 @@ class Nodes:
         network: None for the loopback, on free ports.
         on_died: told (node, what happened) when one ends that should not have.
         on_event: told (node, what happened) of ends that are as they should be.
+        disk_of: makes the disk of a node, not opened yet; None for a folder like any other.
+        clocks: whether wall clocks can be shifted.
     """
 
     def __init__(
@@ -89,18 +98,21 @@ class Nodes:
         network: Network | None,
         on_died: Callable[[str, str], None],
         on_event: Callable[[str, str], None],
+        disk_of: Callable[[str], Disk | None] = lambda name: None,
+        *,
+        clocks: bool = False,
     ) -> None:
         self.all: dict[str, Node] = {}
         self.first: list[str] = []
         """Addresses of the nodes that form the cluster, which every node gets as its peers."""
-        self.disk: SmallDisk | None = None
-        self.disk_of = ""
         self._folder = folder
         self._network = network
         self._on_died = on_died
         self._on_event = on_event
+        self._disk_of = disk_of
+        self._clocks = clocks
 
-    async def add(self, name: str, disk: SmallDisk | None = None) -> Node:
+    async def add(self, name: str) -> Node:
         """A node with an address, which does not run yet."""
         held_port = None
         if self._network is None:
@@ -108,11 +120,13 @@ class Nodes:
             address = f"127.0.0.1:{held_port.getsockname()[1]}"
         else:
             address = f"{await self._network.attach(name)}:{PORT}"
-        if disk is not None:
-            self.disk, self.disk_of = disk, name
+        disk = self._disk_of(name)
         path = (disk.folder if disk is not None else self._folder) / f"data-{name}"
-        node = Node(name, address, path, self._folder / f"{name}.log", held_port=held_port)
+        clock = Clock(self._folder / f"clock-{name}") if self._clocks else None
+        node = Node(name, address, path, self._folder / f"{name}.log", disk, clock, held_port=held_port)
         self.all[name] = node
+        if disk is not None:
+            await disk.open()
         return node
 
     def command(self, node: Node) -> list[str]:
@@ -124,17 +138,8 @@ class Nodes:
             inside = self._network.inside(node.name)
         host, _, port = node.address.rpartition(":")
         peers = ",".join(address for address in self.first if address != node.address)
-        guard = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
-        words = [
-            *inside,
-            *guard,
-            sys.executable,
-            "-X",
-            "faulthandler",
-            "-m",
-            "agi.core.dht.server",
-            "--stop-with-stdin",
-        ]
+        clock = node.clock.before() if node.clock is not None else []
+        words = [*inside, *guard(), *clock, sys.executable, *SERVER, "--stop-with-stdin"]
         words += ["--host", host, "--port", port, "--peers", peers, "--node-id", node.name, "--path", str(node.path)]
         for key, value in settings.items():
             words += ["--set", f"{key}={value}"]
@@ -144,10 +149,20 @@ class Nodes:
 
     def kill(self, node: Node) -> None:
         """SIGKILL, and it stays down until released as often."""
+        self.hold(node)
+        self._signal(node, signal.SIGKILL)
+
+    def hold(self, node: Node) -> None:
+        """However it ends from now on is our doing, and it stays down until released as often."""
         node.held += 1
-        if node.process is not None and node.runs:
-            node.killed = True
-            node.process.send_signal(signal.SIGKILL)
+        node.killed = node.killed or node.runs
+
+    async def gone(self, node: Node) -> None:
+        """Ends it, however it stands, and waits until no process of it is left. It must be held."""
+        self._signal(node, signal.SIGKILL)
+        if (process := node.process) is not None:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await process.wait()
 
     def release(self, node: Node) -> None:
         node.held -= 1
@@ -225,7 +240,7 @@ class Nodes:
         what = f"{'ended' if was_announced else 'did not start'}, exit code {code}: {self.tail(node)}"
         node.refusals += 1
         since_s = asyncio.get_running_loop().time() - FULL_S if was_announced else node.started_s
-        if self.disk is not None and node.name == self.disk_of and self.disk.was_full_since(since_s):
+        if node.disk is not None and node.disk.was_full_since(since_s):
             self._on_event(node.name, f"{what} (its disk was full)")
         else:
             self._on_died(node.name, what)
@@ -245,11 +260,13 @@ class Nodes:
         return {name: code for name, code in zip(self.all, codes, strict=True) if code}
 
     async def kill_all(self) -> None:
-        """Ends every process at once, in whatever state."""
+        """Ends every process at once, in whatever state; their disks go with them."""
         await asyncio.gather(*(self._stop(node, signal.SIGKILL) for node in self.all.values()))
         for node in self.all.values():
             if node.held_port is not None:
                 node.held_port.close()
+            if node.disk is not None:
+                await node.disk.close()
 
     async def _stop(self, node: Node, how: signal.Signals) -> int:
         process = node.process
@@ -269,6 +286,11 @@ class Nodes:
             code = await process.wait()
         node.process = None
         return 0 if how is signal.SIGKILL else code
+
+
+def guard() -> list[str]:
+    """What comes before a command that is to end with this process."""
+    return ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
 
 
 def _held_port() -> socket.socket:

@@ -1,16 +1,20 @@
 """What a seed does to a cluster, and when. Pure: a plan is drawn before the run and does not depend on it.
 
-Three lanes run beside each other: troubles one after another, a second and slower lane of them, so that some overlap,
-and changes of the members. Each lane deals its kinds in shuffled rounds, so that a run of a minute or so meets all of
-them. A fault says whom it hits by `picks`, numbers that are taken modulo the candidates of its moment.
+Lanes run beside each other: troubles one after another, a second and slower lane of them, so that some overlap, wrong
+clocks, changes of the members, and what befalls holders of locks. Each lane deals its kinds in shuffled rounds, so that
+a run of two minutes or so meets all of them. A fault says whom it hits by `picks`, numbers that are taken modulo the
+candidates of its moment.
 """
 
 from __future__ import annotations
 
 import enum
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+
+LEASE_S = 1.0
+"""Of the locks of a run. A freeze, of a holder or of a node, is longer."""
 
 
 class Fault(enum.StrEnum):
@@ -28,12 +32,23 @@ class Fault(enum.StrEnum):
     """What one node sends does not reach some of the others, whom it hears."""
     FULL_DISK = "full-disk"
     """The small disk of one node is filled, then freed."""
+    POWER_LOSS = "power-loss"
+    """A node ends, and its file system forgets what was not synced."""
+    POWER_LOSS_ALL = "power-loss-all"
+    """The same of every node at once."""
+    SKEW = "skew"
+    """A node's wall clock is wrong: it jumps in the midst, or the node is started again with it."""
     JOIN = "join"
     LEAVE = "leave"
+    HOLDER_FREEZE = "holder-freeze"
+    """SIGSTOP of a client process that holds a lock, until long after its lease is over; then SIGCONT."""
+    HOLDER_KILL = "holder-kill"
+    """SIGKILL of such a process."""
 
 
+POWER = frozenset({Fault.POWER_LOSS, Fault.POWER_LOSS_ALL})
 NETWORK = frozenset({Fault.PARTITION, Fault.DEAF, Fault.MUTE})
-NAMESPACES = NETWORK | {Fault.FULL_DISK}
+NAMESPACES = NETWORK | POWER | {Fault.FULL_DISK, Fault.SKEW}
 """What needs namespaces of its own."""
 MEMBERS = frozenset({Fault.JOIN, Fault.LEAVE})
 
@@ -78,7 +93,17 @@ class Lane:
 LANES = (
     Lane(
         "troubles",
-        (Fault.KILL, Fault.FREEZE, Fault.PARTITION, Fault.DEAF, Fault.MUTE, Fault.FULL_DISK, Fault.KILL_ALL),
+        (
+            Fault.KILL,
+            Fault.FREEZE,
+            Fault.PARTITION,
+            Fault.DEAF,
+            Fault.MUTE,
+            Fault.FULL_DISK,
+            Fault.KILL_ALL,
+            Fault.POWER_LOSS,
+            Fault.POWER_LOSS_ALL,
+        ),
         shuffled=True,
         first_s=2.0,
         pause_s=(1.0, 3.0),
@@ -90,7 +115,15 @@ LANES = (
         shuffled=True,
         first_s=12.0,
         pause_s=(6.0, 14.0),
-        lasts_s=(1.0, 5.0),
+        lasts_s=(1.2 * LEASE_S, 5.0),
+    ),
+    Lane(
+        "clocks",
+        (Fault.SKEW,),
+        shuffled=False,
+        first_s=5.0,
+        pause_s=(3.0, 8.0),
+        lasts_s=(4.0, 12.0),
     ),
     Lane(
         "members",
@@ -100,18 +133,30 @@ LANES = (
         pause_s=(9.0, 18.0),
         lasts_s=(0.0, 0.0),
     ),
+    Lane(
+        "holders",
+        (Fault.HOLDER_FREEZE, Fault.HOLDER_FREEZE, Fault.HOLDER_KILL),
+        shuffled=True,
+        first_s=2.0,
+        pause_s=(1.0, 4.0),
+        lasts_s=(1.5 * LEASE_S, 4.0 * LEASE_S),
+    ),
 )
 PICKS = 8
 PICK_MAX = 1 << 16
 
 
-def draw(seed: int, seconds: float, *, namespaces: bool, lanes: Sequence[Lane] = LANES) -> dict[str, list[Step]]:
-    """The steps of each lane; every fault is undone before `seconds`. Without `namespaces`, only what needs none."""
+def draw(
+    seed: int, seconds: float, *, without: Collection[Fault] = (), lanes: Sequence[Lane] = LANES
+) -> dict[str, list[Step]]:
+    """The steps of each lane; every fault is undone before `seconds`. `without`: what cannot be done here."""
     plan = {}
     for lane in lanes:
         rng = random.Random(f"{seed}:{lane.name}")
-        deck = [fault for fault in lane.deck if namespaces or fault not in NAMESPACES]
+        deck = [fault for fault in lane.deck if fault not in without]
         steps: list[Step] = []
+        if not deck:
+            continue
         hand: list[Fault] = []
         at_s = rng.uniform(0.3, 1.0) * lane.first_s
         while True:

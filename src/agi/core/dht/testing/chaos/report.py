@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from agi.core.dht.errors import DHTError
+from agi.core.dht.testing import history
 from agi.core.dht.testing.chaos.auditor import Auditor, Kind, Outcome
 from agi.core.dht.testing.chaos.plan import MEMBERS, Fault
 
@@ -78,6 +79,10 @@ class Journal:
         """How joins and leaves ended."""
         self.figures: dict[str, object] = {}
         """What else was measured."""
+        self.absent: dict[str, str] = {}
+        """Faults that this machine does not allow, and why."""
+        self.histories: dict[str, Counter[str]] = {}
+        """How the operations of the history ended, by what they do."""
         self._clock = clock
         self._file: IO[str] | None = path.open("w", encoding="utf-8") if path is not None else None
         self._say = say
@@ -114,7 +119,7 @@ class Journal:
 
     # --- the end
 
-    def summary(self, auditor: Auditor, seed: int) -> dict[str, object]:
+    def summary(self, auditor: Auditor, seed: int, nodes: int) -> dict[str, object]:
         """Writes the violations and the summary as lines; returns the summary."""
         for violation in auditor.violations:
             self.line(
@@ -128,6 +133,7 @@ class Journal:
         found = auditor.tally()
         fields: dict[str, object] = {
             "seed": seed,
+            "nodes": nodes,
             "operations": sum(map(tally.count, Outcome)),
             "acknowledged": tally.count(Outcome.OK),
             "unknown": tally.count(Outcome.UNKNOWN),
@@ -135,6 +141,8 @@ class Journal:
             "errors": dict(tally.errors),
             "faults": dict(self.faults),
             "skipped": dict(self.skipped),
+            "not_possible": self.absent,
+            "history_operations": {name: dict(counts) for name, counts in sorted(self.histories.items())},
             "members": dict(self.members),
             "reads_judged": auditor.reads,
             "keys_checked": auditor.checked,
@@ -154,11 +162,11 @@ class Journal:
         self.line("summary", **fields)
         return fields
 
-    def table(self, auditor: Auditor, seed: int) -> str:
+    def table(self, auditor: Auditor, seed: int, nodes: int) -> str:
         """For people."""
         tally, found = self.tally, auditor.tally()
         rows = [
-            f"seed {seed}",
+            f"seed {seed}, {nodes} nodes",
             "",
             f"{'':12}{'calls':>9}{'acknowl.':>10}{'unknown':>9}{'failed':>8}{'p50 ms':>9}{'p99 ms':>9}",
         ]
@@ -174,9 +182,11 @@ class Journal:
             f"{'all':12}{sum(total):9}{total[0]:10}{total[1]:9}{total[2]:8}"
             f"{1000 * quantile(taken, 0.5):9.1f}{1000 * quantile(taken, 0.99):9.1f}",
             "",
+            *self._history_rows(),
             f"errors       {_counts(tally.errors)}",
             f"faults       {_counts(self.faults)}",
             f"skipped      {_counts(self.skipped)}",
+            *(f"not possible here: {faults}: {why}" for faults, why in self.absent.items()),
             f"members      {_counts(self.members)}",
             f"longest      call {tally.longest_s:.2f} s; without an acknowledged call {tally.gap_s:.2f} s, "
             f"until {tally.gap_ended_s:.1f} s",
@@ -184,7 +194,7 @@ class Journal:
             "",
             f"checked      {auditor.checked} keys at the end, {auditor.reads} reads meanwhile",
             f"late         {auditor.late} writes of unknown outcome took effect after later ones",
-            *(f"{kind:12} {found[kind]}" for kind in Kind),
+            *(f"{kind:16} {found[kind]}" for kind in Kind),
             "",
         ]
         rows += [str(violation) for violation in auditor.violations[:LINES_MAX]]
@@ -192,6 +202,18 @@ class Journal:
             rows.append(f"... and {len(auditor.violations) - LINES_MAX} more")
         rows.append("VIOLATED" if auditor.violations else "nothing was violated")
         return "\n".join(rows)
+
+    def _history_rows(self) -> list[str]:
+        if not self.histories:
+            return []
+        rows = [f"{'history':12}{'calls':>9}{'ok':>10}{'refused':>9}{'unknown':>9}{'failed':>8}"]
+        for name, counts in sorted(self.histories.items()):
+            unknown = counts[history.Outcome.INFO] + counts[history.Outcome.PENDING]
+            rows.append(
+                f"{name:12}{counts.total():9}{counts[history.Outcome.OK]:10}{counts['refused']:9}{unknown:9}"
+                f"{counts[history.Outcome.FAIL]:8}"
+            )
+        return [*rows, ""]
 
 
 def _counts(counts: Counter[str] | Counter[Fault]) -> str:
