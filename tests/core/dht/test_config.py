@@ -83,6 +83,7 @@ TABLE: list[tuple[str, object, tuple[str, object], tuple[str, object], tuple[obj
     ("dht.requests.hedge_budget", 0.05, ("0", 0.0), ("0.1", 0.1), (1, 1.0)),
     ("dht.requests.dedup_entries", 65536, ("1", 1), ("2", 2), (16777216, 16777216)),
     ("dht.requests.pending_bytes_max_mb", 256, ("16", 16), ("17", 17), (65536, 65536)),
+    ("dht.requests.queue_ms", 500, ("10", 10), ("11", 11), (60000, 60000)),
     ("dht.health.preset", "lan", ("local", "local"), ("WAN", "wan"), ("lan", "lan")),
     ("dht.health.heartbeat_interval_ms", None, ("400", 400), ("auto", None), (600000, 600000)),
     ("dht.health.probe_timeout_ms", None, ("10", 10), ("AUTO", None), (250, 250)),

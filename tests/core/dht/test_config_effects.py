@@ -64,7 +64,7 @@ from agi.core.dht.protocol.messages import (
 from agi.core.dht.protocol.record import EXPIRES, FLAGS, SHRUNK, TOMBSTONE, pack
 from agi.core.dht.reads import HEDGE_CREDIT_MAX
 from agi.core.dht.replica import Replica
-from agi.core.dht.requests import ReplyTo
+from agi.core.dht.requests import KEYS_LEAST, ReplyTo
 from agi.core.dht.server import _store
 from agi.core.dht.storage.base import Batch, StorageBackend
 from agi.core.dht.storage.rocksdb import RocksStore
@@ -692,6 +692,22 @@ async def test_past_so_many_bytes_under_way_requests_are_refused() -> None:
             for number in (1, 2):
                 wire.link.send(put(number, f"k{number}", value, ALL, 60_000))
             assert type(failure(await wire.ask(put(3, "k3", value, ONE)))) is refusal
+            hold()
+
+
+@effect_of("requests.queue_ms")
+async def test_past_so_long_a_queue_requests_are_refused() -> None:
+    for queue_ms, refusal in ((10, Overloaded), (60_000, type(None))):
+        async with Cluster(2, factor=2, settings={"dht.requests.queue_ms": queue_ms}) as cluster:
+            wire = await cluster.wire(0)
+            hold = cluster.rule(lambda src, dst, m: LOST if isinstance(m, ReplicaWriteReply) else None)
+            keys = [b"k%d" % n for n in range(KEYS_LEAST + 1)]
+            wire.link.send(Put(1, ALL, 60_000, keys, [b"v"] * len(keys)))
+            for number in (2, 3):
+                wire.link.send(put(number, f"k{number}", b"v", ALL, 60_000))
+                await asyncio.sleep(0.05)
+            assert type(failure(await wire.ask(put(4, "k4", b"v", ONE)))) is refusal
+            assert cluster.node(0).metrics.failures == ({} if refusal is not Overloaded else {"Overloaded": 2})
             hold()
 
 

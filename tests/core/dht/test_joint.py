@@ -273,6 +273,7 @@ async def test_sets_with_the_same_names_in_different_roles_are_kept_apart() -> N
         hint=none,
         first_id=0,
         pending_bytes_max=1 << 20,
+        queue_s=0.5,
         slow_s=0,
     )
     keys = [b"k%d" % i for i in range(500)]

@@ -48,6 +48,7 @@ class Coordinator:
         dedup_entries: int,
         max_clock_skew_ms: int,
         pending_bytes_max: int,
+        queue_s: float,
         slow_request_ms: int,
         on_stale: Callable[[str], None] = lambda replica: None,
     ) -> None:
@@ -62,6 +63,7 @@ class Coordinator:
             hint=hint,
             first_id=(writer & 0xFFFF) << 40,
             pending_bytes_max=pending_bytes_max,
+            queue_s=queue_s,
             slow_s=slow_request_ms / 1000,
             on_stale=on_stale,
         )

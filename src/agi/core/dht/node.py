@@ -485,6 +485,7 @@ class Node:
             dedup_entries=config.requests.dedup_entries,
             max_clock_skew_ms=config.versions.max_clock_skew_ms,
             pending_bytes_max=config.requests.pending_bytes_max_mb << 20,
+            queue_s=config.requests.queue_ms / 1000,
             slow_request_ms=config.observability.slow_request_ms,
             on_stale=self.epochs.ask,
         )

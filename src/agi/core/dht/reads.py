@@ -62,11 +62,12 @@ class Reads:
         requests = self._requests
         try:
             requests.needed(request.consistency)
-            cost = requests.admit(request.keys)
+            started = requests.clock.monotonic()
+            cost = requests.admit(started, request.keys)
         except DHTError as error:
             reply(GetReply(request.id, [], None, refusal(error).to_wire()))
             return
-        operation = Operation(request, reply, trace, requests.clock.monotonic(), cost)
+        operation = Operation(request, reply, trace, started, cost)
         self.begin(operation, None, request.keys)
 
     def begin(self, operation: Operation, places: list[int] | None, keys: list[bytes], *, again: bool = False) -> None:

@@ -225,7 +225,8 @@ class Registers:
                 raise InvalidRequest("a batch without operations")
             for op in request.ops:
                 _check(op)
-            cost = requests.admit([op.key for op in request.ops], [op.value for op in request.ops])
+            started = self._clock.monotonic()
+            cost = requests.admit(started, [op.key for op in request.ops], [op.value for op in request.ops])
         except DHTError as error:
             answer = UpdateReply(request.id, [], refusal(error).to_wire())
             if not request.retry:
@@ -234,7 +235,6 @@ class Registers:
             return
         under_way = _UnderWay(reply)
         self._known.add(client, request.id, under_way, len(request.ops))
-        started = self._clock.monotonic()
         left = len(request.ops)
 
         def answered(place: int, result: OpResult) -> None:
@@ -243,9 +243,10 @@ class Registers:
             left -= 1
             if left:
                 return
-            requests.release(cost)
+            now = self._clock.monotonic()
+            requests.release(now, cost, len(results))
             requests.metrics.updates += len(results)
-            requests.metrics.update_latency.observe(self._clock.monotonic() - started, len(results))
+            requests.metrics.update_latency.observe(now - started, len(results))
             requests.metrics.fail_keys([(i, r.error) for i, r in enumerate(results) if r.error is not None])
             answer = UpdateReply(request.id, results)
             self._known.update(client, request.id, answer)

@@ -28,6 +28,7 @@ from agi.core.dht.joint import JointRing
 from agi.core.dht.observability.logs import Throttle
 from agi.core.dht.observability.metrics import Metrics
 from agi.core.dht.peers import Peers
+from agi.core.dht.protocol.admission import Admission
 from agi.core.dht.protocol.messages import Delete, Get, KeyError_, Message, Op, OpResult, Put, WireError
 from agi.core.dht.protocol.timers import TimerWheel
 from agi.core.dht.replica import Replica
@@ -40,6 +41,8 @@ _log = structlog.get_logger("agi.core.dht.coordinator")
 TIMEOUT_MS_MAX = 600_000
 KEY_COST_BYTES = 256
 """What a key under way is counted for beyond its value."""
+KEYS_LEAST = 4096
+"""Keys that may be under way however slow they are."""
 
 ReplyTo: TypeAlias = Callable[[Message], object]
 Hint: TypeAlias = Callable[[str, list[bytes], list[bytes]], None]
@@ -98,6 +101,8 @@ class Requests:
         hint: told what a replica missed.
         first_id: ids start above it; another at each start of the node, so that no late reply meets a stranger.
         pending_bytes_max: keys and values of unfinished requests; past it requests fail with Overloaded.
+        queue_s: how long requests may wait where more come than this node can carry out; past it they fail with
+            Overloaded (protocol/admission.py).
         slow_s: operations that took at least this long are logged; 0 for none.
         on_stale: told of a replica that goes by a newer topology.
     """
@@ -115,6 +120,7 @@ class Requests:
         hint: Hint,
         first_id: int,
         pending_bytes_max: int,
+        queue_s: float,
         slow_s: float,
         on_stale: Callable[[str], None] = lambda replica: None,
     ) -> None:
@@ -134,6 +140,7 @@ class Requests:
         self._ids = first_id
         self._bytes = 0
         self._bytes_max = pending_bytes_max
+        self._admission = Admission(queue_s, KEYS_LEAST)
         self._wheel: TimerWheel[int] = TimerWheel(clock.monotonic())
         self._slow_s = slow_s or float("inf")
         self._slow = Throttle()
@@ -181,16 +188,24 @@ class Requests:
             raise InvalidConsistency(f"unknown consistency {consistency}")
         return int(needed)
 
-    def admit(self, keys: Sequence[bytes], values: Sequence[bytes] = ()) -> int:
-        """What the batch counts for. Raises InvalidRequest for what no client of ours sends, Overloaded past the
-        bound."""
+    def admit(self, now: float, keys: Sequence[bytes], values: Sequence[bytes] = ()) -> int:
+        """The bytes that the batch counts for. Raises InvalidRequest for what no client of ours sends, Overloaded past
+        the bounds."""
         if not keys:
             raise InvalidRequest("a batch without keys")
         if max(map(len, keys)) > KEY_BYTES_MAX or not all(keys):
             raise InvalidKey(f"a key has 1 to {KEY_BYTES_MAX} bytes")
         cost = KEY_COST_BYTES * len(keys) + sum(map(len, values))
+        refused = ""
         if self._bytes + cost > self._bytes_max:
-            raise Overloaded(f"requests of {self._bytes} bytes are under way at {self.me} already")
+            refused = f"requests of {self._bytes} bytes are under way at {self.me} already"
+        elif not self._admission.admits(now):
+            refused = f"{self._admission.pending} keys wait at {self.me} already"
+        if refused:
+            error = Overloaded(refused)
+            self.metrics.fail(error, len(keys))
+            raise error
+        self._admission.enter(len(keys))
         self._bytes += cost
         return cost
 
@@ -226,15 +241,16 @@ class Requests:
         """Of one key; a JointSet where they are changing."""
         return self._all if self._everywhere else self._ring.replicas(key)
 
-    def release(self, cost: int) -> None:
-        """What was admitted for this cost has been answered."""
+    def release(self, now: float, cost: int, keys: int) -> None:
+        """A batch that was admitted for this cost has been answered."""
         self._bytes -= cost
+        self._admission.leave(keys, now)
 
     def finish(self, operation: Operation, observe: Callable[[float, int], None], answer: Message) -> None:
         """Sends the answer of an operation whose groups have all ended."""
-        self.release(operation.cost)
-        count = len(operation.request.keys)
-        elapsed = self.clock.monotonic() - operation.started
+        count, now = len(operation.request.keys), self.clock.monotonic()
+        self.release(now, operation.cost, count)
+        elapsed = now - operation.started
         observe(elapsed, count)
         if operation.errors is not None:
             self.metrics.fail_keys(operation.errors)

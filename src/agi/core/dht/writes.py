@@ -100,7 +100,8 @@ class Writes:
                 values = request.values
                 _check_put(request)
             needed = requests.needed(request.consistency)
-            cost = requests.admit(request.keys, values)
+            started = requests.clock.monotonic()
+            cost = requests.admit(started, request.keys, values)
         except DHTError as error:
             kind = PutReply if isinstance(request, Put) else DeleteReply
             refusal = kind(request.id, [], None, error.to_wire())
@@ -109,7 +110,7 @@ class Writes:
             reply(refusal)
             return
         trace = trace or f"{client}:{request.id}"
-        operation = WriteOperation(request, reply, trace, requests.clock.monotonic(), cost, client)
+        operation = WriteOperation(request, reply, trace, started, cost, client)
         self._known.add(client, request.id, operation, len(request.keys))
         if request.consistency == Consistency.LINEARIZABLE:
             operation.results = [None] * len(request.keys)

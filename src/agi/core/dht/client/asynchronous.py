@@ -16,7 +16,8 @@ from agi.core.dht.client.members import MemberStates, StatusCallback
 from agi.core.dht.client.repairs import order_repairs
 from agi.core.dht.client.session import Session
 from agi.core.dht.clock import Clock, SystemClock
-from agi.core.dht.errors import BatchError, ClientClosed, DHTError, InvalidRequest
+from agi.core.dht.errors import BatchError, ClientClosed, DHTError, InvalidRequest, Overloaded
+from agi.core.dht.protocol.admission import Admission
 from agi.core.dht.protocol.messages import Op, OpResult, Scan
 from agi.core.dht.protocol.record import HEADER, created_ms_of, expires_ms_of, hlc_of
 from agi.core.dht.protocol.versioning import physical_ms
@@ -40,6 +41,8 @@ from agi.core.dht.types import (
 BATCH_KEYS_MAX = 10_000
 """Keys of one request frame; larger batches are split."""
 TIMEOUT_S_MAX = 600.0
+CALLS_LEAST = 4096
+"""Calls, or keys of batches, that may be under way however slow the cluster is."""
 HOLD_KEYS = 32
 """A batch of fewer calls waits while another of its kind is under way."""
 HOLD_S = 0.001
@@ -63,6 +66,9 @@ class DHTClient(MembershipCalls, LockCalls):
             that are the same each time.
         connection_pool_size: links to each node; the last carries values from 128 KiB on.
         unix: use a node's Unix socket where it runs on this machine.
+        queue_s: how long calls may wait for each other. Where more are made than the cluster answers, so that this
+            grows on and on, new ones fail with Overloaded at once until what waits is answered within it again. A
+            burst is no such case, nor are 4,096 calls under way.
 
     >>> async def example() -> None:
     ...     async with DHTClient() as client:
@@ -82,6 +88,7 @@ class DHTClient(MembershipCalls, LockCalls):
         retry_unknown: bool = False,
         connection_pool_size: int = 2,
         unix: bool = True,
+        queue_s: float = 0.5,
         seed_transport: Transport | None = None,
         data_transport: Transport | None = None,
         clock: Clock | None = None,
@@ -98,6 +105,7 @@ class DHTClient(MembershipCalls, LockCalls):
         self._retry_unknown = retry_unknown
         self._pool_size = connection_pool_size
         self._unix = unix
+        self._admission = Admission(_check_timeout(queue_s), CALLS_LEAST)
         self._seed = seed_transport
         self._data = data_transport
         self._clock = clock or SystemClock()
@@ -246,7 +254,7 @@ class DHTClient(MembershipCalls, LockCalls):
             batch.keys.append(raw)
             batch.values.append(value)
             batch.futures.append(future := self._loop.create_future())
-            self._live().submit(batch)
+            self._submit(batch)
             return int(await future)
         batch.keys.append(raw)
         batch.values.append(value)
@@ -510,9 +518,24 @@ class DHTClient(MembershipCalls, LockCalls):
         return self._write or session.write_consistency
 
     def _open(self, kind: Kind, level: Consistency, ttl_ms: int, timeout: float | None) -> OpenBatch:
-        self._live()
         timeout_s = self._timeout_s if timeout is None else _check_timeout(timeout)
-        return OpenBatch(kind, level, self._clock.monotonic() + timeout_s, ttl_ms)
+        return OpenBatch(kind, level, self._admit() + timeout_s, ttl_ms, self._ended)
+
+    def _admit(self) -> float:
+        """The time, at which a call may begin. Raises ClientClosed, Overloaded."""
+        self._live()
+        now = self._clock.monotonic()
+        if not self._admission.admits(now):
+            raise Overloaded(f"{self._admission.pending} calls wait for the cluster already")
+        return now
+
+    def _submit(self, batch: Batch) -> None:
+        assert self._session is not None
+        self._admission.enter(len(batch.keys))
+        self._session.submit(batch)
+
+    def _ended(self, count: int) -> None:
+        self._admission.leave(count, self._clock.monotonic())
 
     def _batch(
         self, kind: Kind, consistency: Consistency | str | None, ttl_ms: int, timeout: float | None
@@ -562,13 +585,13 @@ class DHTClient(MembershipCalls, LockCalls):
                 self._hold()
             else:
                 self._gets = None
-                session.submit(gets)
+                self._submit(gets)
         if puts is not None:
             if session.writing and len(puts.keys) < HOLD_KEYS and not release:
                 self._hold()
             else:
                 self._puts = None
-                session.submit(puts)
+                self._submit(puts)
         if others:
             self._others = {}
             for name, batch in others.items():
@@ -577,7 +600,7 @@ class DHTClient(MembershipCalls, LockCalls):
                     self._others[name] = batch
                     self._hold()
                 elif batch.keys:
-                    session.submit(batch)
+                    self._submit(batch)
 
     def _hold(self) -> None:
         if self._held is None:
@@ -611,7 +634,8 @@ class DHTClient(MembershipCalls, LockCalls):
         level = self._level(kind, consistency)
         if not keys:
             return []
-        sink = Gathered(len(keys))
+        self._admit()
+        sink = Gathered(len(keys), self._ended)
         timeout_s = self._timeout_s if timeout is None else _check_timeout(timeout)
         deadline = self._clock.monotonic() + timeout_s
         for first, last in _split(keys, values):
@@ -620,7 +644,7 @@ class DHTClient(MembershipCalls, LockCalls):
             batch.values = values[first:last] if values is not None else []
             if last - first < len(keys):
                 batch.places = list(range(first, last))
-            session.submit(batch)
+            self._submit(batch)
         await sink.done
         if sink.errors:
             raise BatchError({names[place]: error for place, error in sorted(sink.errors.items())})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from agi.core.dht.errors import DHTError, OutcomeUnknown, Unavailable
@@ -31,31 +31,37 @@ class Sink(Protocol):
 
 
 class Futures:
-    """One future per key: coalesced single calls."""
+    """One future per key: coalesced single calls. `ended` is told of how many have a result or an error."""
 
-    __slots__ = ("futures",)
+    __slots__ = ("_ended", "futures")
 
-    def __init__(self) -> None:
+    def __init__(self, ended: Callable[[int], None]) -> None:
+        self._ended = ended
         self.futures: list[asyncio.Future[Any]] = []
 
     def ok(self, places: Sequence[int] | None, results: Sequence[Any]) -> None:
+        self._ended(len(results))
         futures = self.futures if places is None else [self.futures[i] for i in places]
         for future, result in zip(futures, results, strict=True):
             if not future.done():  # a caller may have given up
                 future.set_result(result)
 
     def fail(self, places: Iterable[int], error: DHTError) -> None:
+        count = 0
         for place in places:
+            count += 1
             if not self.futures[place].done():
                 self.futures[place].set_exception(error)
+        self._ended(count)
 
 
 class Gathered:
     """One future for many keys: `done` is set when every place has a result or an error."""
 
-    __slots__ = ("_left", "done", "errors", "results")
+    __slots__ = ("_ended", "_left", "done", "errors", "results")
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, ended: Callable[[int], None]) -> None:
+        self._ended = ended
         self.results: list[Any] = [None] * size
         self.errors: dict[int, DHTError] = {}
         self._left = size
@@ -77,6 +83,7 @@ class Gathered:
         self._count(count)
 
     def _count(self, finished: int) -> None:
+        self._ended(finished)
         self._left -= finished
         if self._left <= 0 and not self.done.done():
             self.done.set_result(None)
@@ -163,7 +170,9 @@ class OpenBatch(Batch):
 
     __slots__ = ("futures",)
 
-    def __init__(self, kind: Kind, consistency: Consistency, deadline: float, ttl_ms: int) -> None:
-        sink = Futures()
+    def __init__(
+        self, kind: Kind, consistency: Consistency, deadline: float, ttl_ms: int, ended: Callable[[int], None]
+    ) -> None:
+        sink = Futures(ended)
         Batch.__init__(self, kind, consistency, deadline, ttl_ms, sink)
         self.futures = sink.futures

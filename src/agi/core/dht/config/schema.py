@@ -319,6 +319,15 @@ class RequestsConfig:
         more="memory of the process under load",
         less="bursts are refused sooner",
     )
+    queue_ms: int = knob(
+        500,
+        integer(10, 60_000),
+        "How long requests may wait where more come than the node can carry out: once this has stood for as long, new "
+        "ones fail with Overloaded until it is shorter. 4,096 keys are taken in any case.",
+        unit="ms",
+        more="answers come later under overload, near or past their deadlines",
+        less="short slowness of a disk or a peer is taken for overload sooner",
+    )
 
 
 PRESETS: dict[str, dict[str, int]] = {
