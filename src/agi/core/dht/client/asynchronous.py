@@ -18,6 +18,7 @@ from agi.core.dht.client.session import Session
 from agi.core.dht.clock import Clock, SystemClock
 from agi.core.dht.errors import BatchError, ClientClosed, DHTError, InvalidRequest, Overloaded
 from agi.core.dht.protocol.admission import Admission
+from agi.core.dht.protocol.consensus import IF_VERSION, LOOK
 from agi.core.dht.protocol.messages import Op, OpResult, Scan
 from agi.core.dht.protocol.record import HEADER, created_ms_of, expires_ms_of, hlc_of
 from agi.core.dht.protocol.versioning import physical_ms
@@ -549,7 +550,8 @@ class DHTClient(MembershipCalls, LockCalls):
         return batch
 
     async def _operate(self, op: Op, timeout: float | None) -> OpResult:
-        batch = self._batch(Kind.UPDATE, Consistency.LINEARIZABLE, 0, timeout)
+        bound = op.kind == LOOK or op.condition == IF_VERSION
+        batch = self._batch(Kind.BOUND if bound else Kind.UPDATE, Consistency.LINEARIZABLE, 0, timeout)
         batch.keys.append(op.key)
         batch.ops.append(op)
         batch.bytes += len(op.key) + len(op.value)
@@ -595,7 +597,7 @@ class DHTClient(MembershipCalls, LockCalls):
         if others:
             self._others = {}
             for name, batch in others.items():
-                small = batch.kind is Kind.UPDATE and len(batch.keys) < HOLD_KEYS
+                small = batch.kind >= Kind.UPDATE and len(batch.keys) < HOLD_KEYS
                 if small and session.writing and not release:
                     self._others[name] = batch
                     self._hold()
@@ -627,14 +629,13 @@ class DHTClient(MembershipCalls, LockCalls):
         consistency: Consistency | str | None,
         timeout: float | None,
     ) -> list[Any]:
-        session = self._live()
+        self._admit()
         keys = [encode_key(name) for name in names]
         if values is not None:
             values = [check_value(value) for value in values]
         level = self._level(kind, consistency)
         if not keys:
             return []
-        self._admit()
         sink = Gathered(len(keys), self._ended)
         timeout_s = self._timeout_s if timeout is None else _check_timeout(timeout)
         deadline = self._clock.monotonic() + timeout_s

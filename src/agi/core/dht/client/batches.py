@@ -21,6 +21,8 @@ class Kind(enum.IntEnum):
     PUT = 1
     DELETE = 2
     UPDATE = 3
+    BOUND = 4
+    """Operations under consensus that two nodes may try at once: looks, and writes bound to a version."""
 
 
 class Sink(Protocol):
@@ -91,7 +93,7 @@ class Gathered:
 
 class Batch:
     """One request. `node` and `run_id` name the process that has it, `id` is the correlation id it was sent under,
-    `sent` when."""
+    `sent` when, `moved` whether another node had it first and said nothing (silence.py)."""
 
     __slots__ = (
         "attempts",
@@ -101,6 +103,7 @@ class Batch:
         "id",
         "keys",
         "kind",
+        "moved",
         "node",
         "ops",
         "places",
@@ -123,6 +126,7 @@ class Batch:
         self.places: list[int] | None = None
         self.bytes = 0
         self.attempts = 0
+        self.moved = False
         self.id = 0
         self.node = ""
         self.run_id = ""
@@ -133,14 +137,14 @@ class Batch:
             return Get(self.id, self.consistency, timeout_ms, self.keys)
         if self.kind is Kind.PUT:
             return Put(self.id, self.consistency, timeout_ms, self.keys, self.values, self.ttl_ms, retry)
-        if self.kind is Kind.UPDATE:
+        if self.kind >= Kind.UPDATE:
             return Update(self.id, timeout_ms, self.ops, retry)
         return Delete(self.id, self.consistency, timeout_ms, self.keys, retry)
 
     def part(self, indexes: Iterable[int]) -> Batch:
         """The batch of these keys alone, results going to the same sink."""
         part = Batch(self.kind, self.consistency, self.deadline, self.ttl_ms, self.sink)
-        part.attempts, part.node = self.attempts, self.node
+        part.attempts, part.moved, part.node = self.attempts, self.moved, self.node
         part.places = []
         for index in indexes:
             part.keys.append(self.keys[index])

@@ -19,7 +19,8 @@ from agi.core.dht.protocol.timers import TimerWheel
 from agi.core.dht.transport.codec import encode
 
 if TYPE_CHECKING:
-    from agi.core.dht.client.session import Remote, Session
+    from agi.core.dht.client.links import Remote
+    from agi.core.dht.client.session import Session
 
 DIRECT_KEYS_MAX = 64
 """Larger batches gain nothing: their replies cost the client more than the hops do."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,36 @@ import msgspec
 
 from agi.core.dht.errors import DHTError, LinkClosed
 from agi.core.dht.transport.base import Link
+from agi.core.dht.types import BULK_VALUE_BYTES
 
 if TYPE_CHECKING:
-    from agi.core.dht.client.session import Remote, Session
+    from agi.core.dht.client.session import Session
+
+
+class Remote:
+    """One node as the client knows it."""
+
+    def __init__(self, node_id: str, address: str) -> None:
+        self.node_id = node_id
+        self.address = address
+        self.links: list[Link] = []
+        self.parting: list[Link] = []
+        """Links on which nothing is sent any more: the node stops, and answers what it has (links.py)."""
+        self.run_id = ""
+        self.heard = 0.0
+        self.silent = False
+        """Whether it owes answers and says nothing (silence.py), and when it last said something."""
+        self.failed = False
+        """Whether a try to connect has failed."""
+        self.down = asyncio.Event()
+        self.wake = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+
+    def send(self, frame: bytes) -> None:
+        links = self.links
+        if not links:
+            raise LinkClosed(f"{self.node_id} is not connected")
+        links[-1 if len(frame) >= BULK_VALUE_BYTES else 0].send_frame(frame)
 
 
 class NodeHandler:

@@ -1,11 +1,23 @@
-"""Which node coordinates which keys of a batch."""
+"""Which nodes hold a key, and which one coordinates which keys of a batch."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 from agi.core.dht.ring import Ring
+from agi.core.dht.types import Node, parse_address
+
+
+def ring_of(topology: dict[str, Any]) -> Ring:
+    """The ring of a topology as nodes answer it."""
+    nodes = []
+    for member in topology["members"]:
+        host, port = parse_address(member["address"])
+        labels = {label: member[label] for label in ("rack", "zone") if member[label]}
+        nodes.append(Node(member["node_id"], host, port, member["weight"], topology["virtual_nodes"], labels))
+    return Ring(nodes, topology["hash_algorithm"], topology["factor"])
 
 
 def spread(keys: Sequence[bytes], names: Sequence[str], ring: Ring) -> dict[str, list[int]]:

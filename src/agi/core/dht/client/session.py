@@ -19,8 +19,9 @@ import msgspec
 
 from agi.core.dht.client.batches import Batch, Kind
 from agi.core.dht.client.direct import DIRECT_KEYS_MAX, DirectReads
-from agi.core.dht.client.links import Asking, Farewells, NodeHandler
-from agi.core.dht.client.routing import by_key, spread
+from agi.core.dht.client.links import Asking, Farewells, NodeHandler, Remote
+from agi.core.dht.client.routing import by_key, ring_of, spread
+from agi.core.dht.client.silence import Silence
 from agi.core.dht.clock import Clock
 from agi.core.dht.errors import (
     ClientClosed,
@@ -60,7 +61,7 @@ from agi.core.dht.tasks import end
 from agi.core.dht.transport.base import Link, LinkHandler, Transport
 from agi.core.dht.transport.codec import encode
 from agi.core.dht.transport.handshake import greet
-from agi.core.dht.types import BULK_VALUE_BYTES, PROTOCOL_VERSION, Consistency, Node, parse_address
+from agi.core.dht.types import PROTOCOL_VERSION, Consistency
 
 _log = logging.getLogger("agi.core.dht.client")
 
@@ -70,29 +71,6 @@ REFRESH_S = 2.0
 QUERY_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 2.0
 """How long `close` waits for the other ends of its links; they cut themselves off before that."""
-
-
-class Remote:
-    """One node as the client knows it."""
-
-    def __init__(self, node_id: str, address: str) -> None:
-        self.node_id = node_id
-        self.address = address
-        self.links: list[Link] = []
-        self.parting: list[Link] = []
-        """Links on which nothing is sent any more: the node stops, and answers what it has (links.py)."""
-        self.run_id = ""
-        self.failed = False
-        """Whether a try to connect has failed."""
-        self.down = asyncio.Event()
-        self.wake = asyncio.Event()
-        self.task: asyncio.Task[None] | None = None
-
-    def send(self, frame: bytes) -> None:
-        links = self.links
-        if not links:
-            raise LinkClosed(f"{self.node_id} is not connected")
-        links[-1 if len(frame) >= BULK_VALUE_BYTES else 0].send_frame(frame)
 
 
 class Session:
@@ -156,6 +134,7 @@ class Session:
         """Connected nodes, sorted by name."""
         self.direct = DirectReads(self)
         self._farewells = Farewells(self)
+        self._silence = Silence(self)
         self.epoch = 0
         self.replica_count = 0
         self.direct_reads = True  # not while members change: coordinators know both replica sets
@@ -247,12 +226,7 @@ class Session:
         elif self.ring is None or {(node.node_id, node.weight) for node in self.ring.nodes} != {
             (name, member["weight"]) for name, member in members.items()
         }:
-            nodes = []
-            for name, member in members.items():
-                host, port = parse_address(member["address"])
-                labels = {label: member[label] for label in ("rack", "zone") if member[label]}
-                nodes.append(Node(name, host, port, member["weight"], topology["virtual_nodes"], labels))
-            self.ring = Ring(nodes, topology["hash_algorithm"], topology["factor"])
+            self.ring = ring_of(topology)
 
     async def _refresh(self) -> None:
         """Keeps up with the cluster: asks a connected node, or any address ever known."""
@@ -325,6 +299,7 @@ class Session:
             raise LinkClosed(f"{remote.node_id} closed the link again")
         remote.run_id = hello.run_id
         remote.links = links
+        remote.heard = self._silence.now
         remote.down.clear()
         self.up = sorted([*self.up, remote], key=lambda known: known.node_id)
 
@@ -356,6 +331,7 @@ class Session:
             return
         links, remote.links, remote.parting = remote.links + remote.parting, [], []
         self.up = [other for other in self.up if other is not remote]
+        self._silence.forget(remote)
         for other in links:
             other.close()
         lost = [batch for batch in self._batches.values() if batch.node == remote.node_id]
@@ -370,6 +346,8 @@ class Session:
             del self._batches[batch.id]
             if batch.kind is Kind.GET:
                 self._again(batch, reason)
+            elif batch.kind is Kind.BOUND:
+                self._unknown(batch, reason)
             else:  # the same process may still answer for it
                 self._lost.setdefault(remote.node_id, []).append(batch)
 
@@ -419,6 +397,8 @@ class Session:
         else:
             return False
         needed = batch.consistency.needed(self.replica_count)
+        if self._silence.nodes:
+            up = [remote for remote in up if not remote.silent]
         if len(up) < needed:
             return False
         self._turn = turn = self._turn + 1
@@ -437,13 +417,15 @@ class Session:
         self._turn += 1
         if self._leaving:  # they would only say that they are not ready
             avoid = avoid | self._leaving
+        if self._silence.nodes:
+            avoid = avoid | {remote.node_id for remote in self._silence.nodes}
         up = [remote for remote in self.up if remote.node_id not in avoid] or self.up
         if not up:
             self._later(batch, Unavailable("no node is reachable"))
             return
         names = [remote.node_id for remote in up]
         start = self._turn % len(names)
-        if batch.kind is Kind.UPDATE:
+        if batch.kind >= Kind.UPDATE:
             by_node = by_key(batch.keys, names, self.ring)
         elif self.ring is None:
             self._send(batch, up[start], retry=False)
@@ -503,7 +485,8 @@ class Session:
 
     def _unknown(self, batch: Batch, error: DHTError) -> None:
         """A write that may or may not have happened."""
-        again = self._retry_unknown or (batch.kind is Kind.UPDATE and not isinstance(error, LinkClosed))
+        again = self._retry_unknown or batch.kind is Kind.BOUND
+        again = again or (batch.kind is Kind.UPDATE and not isinstance(error, LinkClosed))
         for op in batch.ops:
             op.retry = True
         if again and self.clock.monotonic() < batch.deadline and batch.attempts < self._retry_count:
@@ -512,8 +495,18 @@ class Session:
         else:
             batch.fail(OutcomeUnknown(f"the write may or may not have happened: {error.message}"))
 
+    def move(self, batch: Batch) -> None:
+        """Another node tries it; what the first one may still say of it does not count."""
+        del self._batches[batch.id]
+        batch.moved = True
+        for op in batch.ops:
+            op.retry = True
+        self._coordinate(batch, {batch.node})
+
     def receive(self, remote: Remote | None, message: msgspec.Struct) -> None:
         """A reply of a node; None stands for an address that was asked before its node is known."""
+        if remote is not None:
+            self._silence.heard(remote)
         if isinstance(message, ReplicaReadReply):
             assert remote is not None
             self.direct.reply(remote, message)
@@ -524,7 +517,7 @@ class Session:
         elif isinstance(message, DeleteReply):
             self._settle(message.id, message.existed, message.errors, message.error)
         elif isinstance(message, UpdateReply):
-            errors = [(i, r.error) for i, r in enumerate(message.results) if r.error and from_wire(*r.error).retryable]
+            errors = [(i, r.error) for i, r in enumerate(message.results) if r.error and self._worth(message, r.error)]
             self._settle(message.id, message.results, errors or None, message.error)
         elif isinstance(message, ScanReply | QueryReply | WatchReply):
             _, future = self._queries.get(message.id, ("", None))
@@ -535,6 +528,12 @@ class Session:
         else:
             raise ProtocolMismatch(f"{type(message).__name__} is no reply")
 
+    def _worth(self, reply: UpdateReply, wire: WireError) -> bool:
+        """Whether such an operation may be tried once more, elsewhere."""
+        batch = self._batches.get(reply.id)
+        unknown = wire[0] == OutcomeUnknown.code and batch is not None and batch.kind is Kind.BOUND
+        return unknown or from_wire(*wire).retryable
+
     def _settle(
         self, number: int, results: list[Any], errors: list[tuple[int, WireError]] | None, error: WireError | None
     ) -> None:
@@ -542,7 +541,7 @@ class Session:
         if batch is None:
             return
         self.settled()
-        if batch.kind is Kind.PUT and len(batch.keys) <= DIRECT_KEYS_MAX:
+        if batch.kind is not Kind.GET and len(batch.keys) <= DIRECT_KEYS_MAX:
             self.write_s.add(self.clock.monotonic() - batch.sent)
         if error is not None:
             self._failed(batch, from_wire(*error))
@@ -582,6 +581,7 @@ class Session:
     def _tick(self) -> None:
         now = self.clock.monotonic()
         self.direct.look(now)
+        self._silence.look(now, self._batches)
         self._farewells.look()
         for number in self._wheel.advance(now):
             batch = self._batches.pop(number, None)

@@ -49,12 +49,14 @@ ip link add trial0 type veth peer name eth0 netns trial
 printf '*filter\\n-A INPUT -s 10.77.0.9 -j DROP\\nCOMMIT\\n' | nsenter --net=/run/netns/trial iptables-restore --noflush
 """
 TRIAL_TIMEOUT_S = 30.0
+COMMAND_TIMEOUT_S = 60.0
 
 Cut = tuple[str, str]
 """(who does not hear, whom)"""
 
 
-def _unshare() -> list[str]:
+def unshare() -> list[str]:
+    """What comes before a command that is to run in namespaces of its own."""
     users = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     return ["unshare", *users, "--net", "--mount", "--propagation", "private"]
 
@@ -73,7 +75,7 @@ def obstacle() -> str:
         return f"{', '.join(absent)} not found (apt-get install {packages})"
     try:
         tried = subprocess.run(
-            [*_unshare(), "sh", "-ec", TRIAL], capture_output=True, text=True, timeout=TRIAL_TIMEOUT_S, check=False
+            [*unshare(), "sh", "-ec", TRIAL], capture_output=True, text=True, timeout=TRIAL_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:
         return f"making namespaces took longer than {TRIAL_TIMEOUT_S:g} s"
@@ -91,7 +93,7 @@ def namespace() -> str:
 def enter(arguments: Sequence[str]) -> NoReturn:
     """Runs this program anew, as the same process, in namespaces of its own; it is told where it came from."""
     module = "agi.core.dht.testing.chaos"
-    command = [*_unshare(), sys.executable, "-m", module, *arguments, "--came-from", namespace()]
+    command = [*unshare(), sys.executable, "-m", module, *arguments, "--came-from", namespace()]
     os.execvp(command[0], command)
 
 
@@ -184,13 +186,13 @@ class Network:
 
 
 async def command(*words: str, said: str = "") -> None:
-    """Runs a command of the system. Raises DHTError with what it said."""
+    """Runs a command of the system. Raises DHTError with what it said, or if it does not end."""
     process = await asyncio.create_subprocess_exec(
         *words,
-        stdin=asyncio.subprocess.PIPE,
+        stdin=asyncio.subprocess.PIPE if said else asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
     )
-    _, error = await process.communicate(said.encode())
+    _, error = await process.communicate(said.encode() if said else None)
     if process.returncode:
         raise DHTError(f"{' '.join(words)}: {error.decode(errors='replace').strip()}")

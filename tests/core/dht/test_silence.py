@@ -1,0 +1,156 @@
+"""A node that falls silent while its links stay up: who waits for it, and who does not."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import pytest
+from cluster import LOST, Cluster, until
+
+from agi.core.dht.client import DHTClient
+from agi.core.dht.client.routing import by_key
+from agi.core.dht.client.silence import SILENT_S
+from agi.core.dht.errors import OutcomeUnknown, VersionConflict
+from agi.core.dht.protocol.consensus import WINDOW, state_of
+from agi.core.dht.protocol.messages import Put, Update, UpdateReply
+from agi.core.dht.types import Consistency
+
+TIMEOUT_S = 8.0
+SOON_S = 3.0
+"""Far below the deadline, far above what it takes: machines that run tests may be slow."""
+
+
+def key_of(i: int, cluster: Cluster) -> str:
+    """A key whose operations under consensus clients send to that node."""
+    return next(
+        key for key in map("k{}".format, range(1000)) if by_key([key.encode()], cluster.names, None) == {f"n{i}": [0]}
+    )
+
+
+def silence(cluster: Cluster, i: int) -> Callable[[], None]:
+    """Nothing comes from that node or reaches it any more, and no link breaks."""
+    return cluster.rule(lambda src, dst, message: LOST if f"n{i}" in (src, dst) else None)
+
+
+async def connected(cluster: Cluster) -> DHTClient:
+    return await cluster.client(timeout=TIMEOUT_S)
+
+
+async def test_a_bound_write_a_look_and_a_read_go_to_another_node() -> None:
+    async with Cluster(3) as cluster:
+        client = await connected(cluster)
+        key = key_of(1, cluster)
+        version = await client.put(key, b"1", if_absent=True)
+        heard = silence(cluster, 1)
+        began = time.monotonic()
+        version = await client.put(key, b"2", if_version=version)
+        assert await client.get(key, consistency=Consistency.LINEARIZABLE) == b"2"
+        await asyncio.gather(*(client.get_many([f"x{n}" for n in range(50)]) for _ in range(6)))
+        assert time.monotonic() - began < SOON_S
+        heard()
+        assert await client.put(key, b"3", if_version=version) > version
+        assert await client.get(key) == b"3"
+
+
+async def test_what_two_nodes_may_not_try_at_once_waits_and_what_comes_after_it_does_not() -> None:
+    async with Cluster(3) as cluster:
+        client = await connected(cluster)
+        key = key_of(2, cluster)
+        assert await client.incr(key) == 1
+        heard = silence(cluster, 2)
+        first = asyncio.ensure_future(client.incr(key, timeout=SOON_S))
+        await asyncio.sleep(2 * SILENT_S)
+        began = time.monotonic()
+        assert await client.incr(key, 10) == 11
+        await asyncio.gather(*(client.put(f"p{n}", b"v") for n in range(9)))
+        assert time.monotonic() - began < SOON_S / 2
+        with pytest.raises(OutcomeUnknown):
+            await first
+        heard()
+        assert await client.get(key, consistency=Consistency.LINEARIZABLE) in (b"11", b"12")
+
+
+async def test_a_write_that_was_done_although_nobody_said_so_is_found_by_the_second_try() -> None:
+    async with Cluster(3) as cluster:
+        client = await connected(cluster)
+        key = key_of(0, cluster)
+        version = await client.put(key, b"1", if_absent=True)
+        tries: list[str] = []
+
+        def rule(src: str, dst: str, message: object) -> tuple[float, ...] | None:
+            if isinstance(message, Update):
+                tries.append(dst)
+            return LOST if src == "n0" and dst == "client" else None
+
+        heard = cluster.rule(rule)
+        second = await client.put(key, b"2", if_version=version)
+        assert len(tries) == 2 and tries[0] == "n0" != tries[1]
+        entry = await client.get_entry(key)
+        assert entry is not None and (entry.value, entry.version) == (b"2", second)
+        with pytest.raises(VersionConflict):
+            await client.put(key, b"3", if_version=version)
+        heard()
+
+
+async def test_a_second_try_that_cannot_know_says_so() -> None:
+    async with Cluster(3) as cluster:
+        client, other = await connected(cluster), await cluster.client(host="other")
+        key = key_of(0, cluster)
+        version = await client.put(key, b"1", if_absent=True)
+
+        def rule(src: str, dst: str, message: object) -> tuple[float, ...] | None:
+            if isinstance(message, Update) and src == "client" and dst != "n0":
+                return (1.5,)  # after all that others do
+            return LOST if src == "n0" and dst == "client" else None
+
+        heard = cluster.rule(rule)
+        waiting = asyncio.ensure_future(client.put(key, b"2", if_version=version))
+        await until(lambda: any(record is not None and state_of(record).value == b"2" for record in cluster.held(key)))
+        for _ in range(WINDOW):
+            await other.update(key, lambda value: b"other")
+        with pytest.raises(OutcomeUnknown, match="16 later operations"):
+            await waiting
+        heard()
+
+
+async def test_an_unknown_outcome_of_a_bound_write_is_found_out_elsewhere() -> None:
+    async with Cluster(3) as cluster:
+        client = await connected(cluster)
+        key = key_of(0, cluster)
+        version = await client.put(key, b"1", if_absent=True)
+        unknown = OutcomeUnknown("some replica may have accepted it").to_wire()
+
+        def rule(src: str, dst: str, message: object) -> tuple[float, ...] | None:
+            if isinstance(message, UpdateReply) and src == "n0":
+                for result in message.results:
+                    result.error = unknown
+            return None
+
+        stop = cluster.rule(rule)
+        assert await client.put(key, b"2", if_version=version) > version
+        stop()
+        assert await client.get(key) == b"2"
+
+
+async def test_a_client_that_did_not_run_itself_takes_nobody_for_silent() -> None:
+    async with Cluster(3) as cluster:
+        client = await connected(cluster)
+        key = key_of(1, cluster)
+        version = await client.put(key, b"1", if_absent=True)
+        tries: list[str] = []
+
+        def rule(src: str, dst: str, message: object) -> tuple[float, ...] | None:
+            if isinstance(message, Update | Put):
+                tries.append(dst)
+            return None
+
+        stop = cluster.rule(rule)
+        for number in range(3):
+            call = asyncio.ensure_future(client.put(key, b"%d" % number, if_version=version))
+            await asyncio.sleep(0.001)
+            time.sleep(2 * SILENT_S)  # noqa: ASYNC251, TID251  # this is what it is about
+            version = await call
+        stop()
+        assert tries == ["n1"] * 3
