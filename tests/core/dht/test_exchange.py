@@ -46,7 +46,7 @@ from agi.core.dht.protocol.messages import (
     TreeRoot,
     TreeRootReply,
 )
-from agi.core.dht.protocol.record import TOMBSTONE, hlc_of, pack, shrink
+from agi.core.dht.protocol.record import REGISTERED, TOMBSTONE, hlc_of, pack, shrink
 from agi.core.dht.transport.codec import encode
 
 TOKENS = 1 << 64
@@ -312,6 +312,16 @@ def test_what_was_reclaimed_here_is_not_fetched_from_who_keeps_it() -> None:
     assert mine.records == {**base, b"new": two[b"new"]} and mine.trees.unknown == 0
     report = converse(other, Link(mine), late=lambda at, hlc: False)  # which cannot know
     assert (report.differences, report.behind, report.sent) == (1, 0, 1)
+
+
+def test_a_key_under_consensus_is_settled_but_says_nothing_of_who_is_behind() -> None:
+    register = REGISTERED >> 16
+    one = {b"a": record(b"a", 5), b"b": record(b"b", register + 1), b"c": record(b"c", 7)}
+    two = {b"a": record(b"a", register + 9), b"b": record(b"b", register + 2), b"d": record(b"d", register + 3)}
+    mine, other = Replica(one), Replica(two)
+    report = converse(mine, Link(other))
+    assert (report.differences, report.behind, report.received, report.sent) == (4, 0, 3, 1)
+    assert mine.records == other.records == merged(one, two)
 
 
 def test_a_record_that_one_side_has_shrunk_is_no_difference() -> None:

@@ -44,7 +44,7 @@ from agi.core.dht.protocol.messages import (
     TreeRoot,
     TreeRootReply,
 )
-from agi.core.dht.protocol.record import HEADER, hlc_of
+from agi.core.dht.protocol.record import HEADER, REGISTERED, hlc_of
 
 NODES_MAX = 4096
 """Sums in one answer (16 KiB)."""
@@ -125,7 +125,8 @@ class Report:
         ranges: compared; `unknown` others were not, because one side's trees are not built yet.
         differing: of these ranges.
         leaves: whose records were compared.
-        differences: keys of which one side was behind; `behind`: of which this one was.
+        differences: keys of which one side was behind.
+        behind: keys of which this side was, without those under consensus, whose ballots tell nothing of their age.
         young: keys that differ, but were written a moment ago.
         sent, received: records.
     """
@@ -367,14 +368,14 @@ class Exchange:
             if ours >= theirs:
                 self._send.append((entry.key, entry.size))
             if theirs >= ours:
-                report.behind += 1
+                report.behind += theirs < REGISTERED
                 self._fetch.append(entry.token)
         for token, hlc in extra.items():
             if young(hlc):
                 report.young += 1
             elif not self._late(token, hlc):
                 report.differences += 1
-                report.behind += 1
+                report.behind += hlc < REGISTERED
                 self._fetch.append(token)
         for entry in self._entries:  # what was written meanwhile explains why the sums differed
             if young(hlc_of(entry.header)):
