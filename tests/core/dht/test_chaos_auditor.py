@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from agi.core.dht.testing.chaos import plan
@@ -254,16 +256,23 @@ def test_a_scan_that_differs_from_the_reads_is_noticed(story: Story) -> None:
 
 
 def test_a_seed_is_a_plan() -> None:
-    first, again, other = (plan.draw(seed, 120, namespaces=True) for seed in (7, 7, 8))
+    first, again, other = (plan.draw(seed, 120) for seed in (7, 7, 8))
     assert first == again != other
 
 
-@pytest.mark.parametrize("namespaces", [True, False])
-def test_a_plan_of_two_minutes_has_every_fault_and_ends_in_time(namespaces: bool) -> None:
+@pytest.mark.parametrize("without", [frozenset(), plan.NAMESPACES, plan.POWER, plan.MEMBERS | {Fault.SKEW}])
+def test_a_plan_of_two_minutes_has_every_fault_and_ends_in_time(without: frozenset[Fault]) -> None:
     for seed in range(50):
-        steps = [step for lane in plan.draw(seed, 120, namespaces=namespaces).values() for step in lane]
-        assert {step.fault for step in steps} == set(Fault) - (set() if namespaces else plan.NAMESPACES)
+        steps = [step for lane in plan.draw(seed, 120, without=without).values() for step in lane]
+        assert {step.fault for step in steps} == set(Fault) - without
         assert all(step.at_s > 0 and step.at_s + step.lasts_s < 120 for step in steps)
+
+
+def test_whoever_is_frozen_loses_every_lease_meanwhile() -> None:
+    frozen = {Fault.FREEZE, Fault.HOLDER_FREEZE}
+    for seed in range(50):
+        steps = [step for lane in plan.draw(seed, 120).values() for step in lane if step.fault in frozen]
+        assert steps and all(step.lasts_s > plan.LEASE_S for step in steps)
 
 
 # --- the report
@@ -289,8 +298,15 @@ def test_the_report_tells_of_violations(story: Story) -> None:
     journal = Journal(lambda: 0.0, None, said.append)
     story.put(b"a", version=10)
     story.read(None)
-    assert "VIOLATED" in journal.table(story.auditor, 1)
-    assert journal.summary(story.auditor, 1)["violations"] == {kind.value: int(kind is Kind.STALE) for kind in Kind}
+    journal.absent["skew"] = "no library"
+    journal.histories["cas"] = Counter(ok=2, refused=1, info=3, pending=1)
+    table = journal.table(story.auditor, 1, 3)
+    assert "VIOLATED" in table and "seed 1, 3 nodes" in table and "not possible here: skew: no library" in table
+    assert next(line.split() for line in table.splitlines() if line.startswith("cas ")) == [
+        "cas",
+        *map(str, (7, 2, 1, 4, 0)),
+    ]
+    assert journal.summary(story.auditor, 1, 3)["violations"] == {kind.value: int(kind is Kind.STALE) for kind in Kind}
     journal.fault(Fault.LEAVE, "n1", 0.0, "ChangeRefused: another one is under way")
     journal.fault(Fault.KILL, "", 0.0, "skipped: no node")
     assert (journal.faults, journal.skipped) == ({Fault.LEAVE: 1}, {Fault.KILL: 1})

@@ -17,8 +17,9 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 from agi.core.dht.errors import DHTError
 from agi.core.dht.testing.chaos.network import command
@@ -36,6 +37,17 @@ UNMOUNT_PAUSE_S = 0.1
 """A process that was killed lets go of its files when the kernel comes to it."""
 TOOLS = {"xfs_io": "xfsprogs", "mkfs.ext4": "e2fsprogs"}
 """What a power loss takes, and the Debian package that has it."""
+
+
+async def open_platters(folder: Path) -> None:
+    """What the files of ext4 disks lie in: memory, so that their speed is not that of two file systems, one on the
+    other, and none of it is on the machine's disk. It ends with the run."""
+    await asyncio.to_thread(folder.mkdir, exist_ok=True)
+    await command("mount", "-t", "tmpfs", "tmpfs", str(folder))
+
+
+async def close_platters(folder: Path) -> None:
+    await command("umount", "--lazy", str(folder))
 
 
 class Disk:
@@ -63,7 +75,7 @@ class Disk:
             with self._image.open("wb") as file:
                 file.truncate(self._size_mb << 20)
             await command("mkfs.ext4", "-q", "-F", "-m", "0", "-J", f"size={JOURNAL_MB}", str(self._image))
-        await self._mount()
+        await _whole(self._mount())
 
     async def close(self) -> None:
         """Whatever is left of it is gone; a file system that somebody still uses ends with its last user."""
@@ -80,7 +92,7 @@ class Disk:
 
     async def free(self) -> None:
         async with self._busy:
-            await asyncio.to_thread(self._ballast.unlink, missing_ok=True)
+            await asyncio.to_thread(self._unload)
             self.full, self.freed_s = False, asyncio.get_running_loop().time()
 
     def was_full_since(self, then_s: float) -> bool:
@@ -91,11 +103,15 @@ class Disk:
         """Everything that was not synced is gone; `end` then ends the processes that have files open there. Returns
         with the file system mounted again. Raises DHTError where it cannot be."""
         assert self._image is not None, "a tmpfs cannot lose power"
-        async with self._busy:
+
+        async def lose() -> None:
             await command("xfs_io", "-x", "-c", "shutdown", str(self.folder))
             await end()
             await self._unmount()
             await self._mount()
+
+        async with self._busy:
+            await _whole(lose())
 
     async def _mount(self) -> None:
         if self._image is None:
@@ -126,6 +142,25 @@ class Disk:
                         size += _grow(file, size, block)
         finally:
             os.close(file)
+
+    def _unload(self) -> None:
+        """For good: a power loss may not bring the ballast back."""
+        self._ballast.unlink(missing_ok=True)
+        file = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
+async def _whole(steps: Coroutine[Any, Any, None]) -> None:
+    """A cancellation waits for its end: nothing stays half mounted."""
+    task = asyncio.create_task(steps)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 class _Full(Exception):

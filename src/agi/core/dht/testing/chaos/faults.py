@@ -8,10 +8,12 @@ from typing import Any
 
 from agi.core.dht.client import DHTClient
 from agi.core.dht.errors import DHTError
+from agi.core.dht.testing.chaos.holders import Holders
 from agi.core.dht.testing.chaos.network import CLIENTS, Cut, Network
 from agi.core.dht.testing.chaos.nodes import Node, Nodes
 from agi.core.dht.testing.chaos.plan import Fault, Step
 from agi.core.dht.testing.chaos.report import Journal
+from agi.core.dht.testing.chaos.skew import OFFSETS_S
 
 JOIN_TIMEOUT_S = 25.0
 LEAVE_TIMEOUT_S = 20.0
@@ -25,14 +27,25 @@ SPARES = 2
 class Faults:
     """
     Args:
+        holders: of locks.
         client: for orders to the cluster, not for data.
+        small: the node whose disk is filled; empty if there is none.
         nodes_min: so many members are left at least.
     """
 
     def __init__(
-        self, nodes: Nodes, network: Network | None, client: DHTClient, journal: Journal, nodes_min: int
+        self,
+        nodes: Nodes,
+        network: Network | None,
+        holders: Holders,
+        client: DHTClient,
+        journal: Journal,
+        small: str,
+        nodes_min: int,
     ) -> None:
         self._nodes = nodes
+        self._holders = holders
+        self._small = small
         self._network = network
         self._client = client
         self._journal = journal
@@ -47,12 +60,14 @@ class Faults:
             await self._perform(step)
 
     async def undo(self) -> None:
-        """Whatever may be left: nothing is cut, full, frozen or held down any more."""
+        """Whatever may be left: nothing is cut, full, frozen, held down or shows a wrong time any more."""
         if self._network is not None:
             await self._network.mend_all()
-        if self._nodes.disk is not None:
-            await self._nodes.disk.free()
         for node in self._nodes.all.values():
+            if node.disk is not None:
+                await node.disk.free()
+            if node.clock is not None:
+                node.clock.shift(0.0)
             while node.frozen:
                 self._nodes.thaw(node)
             while node.held:
@@ -65,7 +80,13 @@ class Faults:
             case Fault.LEAVE:
                 await self._leave(step)
             case Fault.KILL_ALL:
-                await self._kill(step, [node for node in self._nodes.all.values() if node.wanted])
+                await self._kill(step, self._wanted())
+            case Fault.POWER_LOSS_ALL:
+                await self._lose_power(step, self._wanted())
+            case Fault.SKEW:
+                await self._skew(step)
+            case Fault.HOLDER_FREEZE | Fault.HOLDER_KILL:
+                await self._hit_holder(step)
             case Fault.FULL_DISK:
                 await self._fill(step)
             case _:
@@ -83,6 +104,8 @@ class Faults:
         try:
             if step.fault is Fault.KILL:
                 await self._kill(step, [node])
+            elif step.fault is Fault.POWER_LOSS:
+                await self._lose_power(step, [node])
             elif step.fault is Fault.FREEZE:
                 await self._freeze(step, node)
             else:
@@ -128,15 +151,84 @@ class Faults:
         await self._lasts(step, where)
         await self._network.mend(cuts)
 
+    async def _lose_power(self, step: Step, victims: Sequence[Node]) -> None:
+        """All of them at once. Either the process is stopped first, so that it ends at the very moment at which its
+        file system does; or it meets a disk that fails for some moments more, and must acknowledge nothing by it."""
+        stopped_first = step.picks[-1] % 2 == 0
+
+        async def lose(node: Node) -> None:
+            async def end() -> None:
+                await self._nodes.gone(node)
+
+            assert node.disk is not None
+            if stopped_first:
+                self._nodes.freeze(node)
+            try:
+                await node.disk.lose_power(end)
+            finally:
+                if stopped_first:
+                    self._nodes.thaw(node)
+
+        for node in victims:
+            self._nodes.hold(node)
+        await asyncio.gather(*map(lose, victims))
+        await self._lasts(step, f"{_names(victims)}, {'stopped first' if stopped_first else 'the disk first'}")
+        for node in victims:
+            self._nodes.release(node)
+
     async def _fill(self, step: Step) -> None:
-        disk = self._nodes.disk
-        assert disk is not None
-        if not self._nodes.all[self._nodes.disk_of].runs:
-            self._skipped(step, f"{self._nodes.disk_of} does not run")
+        node = self._nodes.all[self._small]
+        assert node.disk is not None
+        if not node.runs:
+            self._skipped(step, f"{node.name} does not run")
             return
-        await disk.fill()
-        await self._lasts(step, self._nodes.disk_of)
-        await disk.free()
+        await node.disk.fill()
+        await self._lasts(step, node.name)
+        await node.disk.free()
+
+    async def _skew(self, step: Step) -> None:
+        candidates = self._wanted()
+        if not candidates:
+            self._skipped(step, "no node is to run")
+            return
+        node = candidates[step.picks[0] % len(candidates)]
+        offset_s = OFFSETS_S[step.picks[1] % len(OFFSETS_S)]
+        restarted = step.picks[2] % 2 == 0
+        await self._set_clock(node, offset_s, restarted=restarted)
+        how = "started again" if restarted else "in the midst"
+        await self._lasts(step, f"{node.name}, {abs(offset_s):g} s {'ahead' if offset_s > 0 else 'behind'}, {how}")
+        await self._set_clock(node, 0.0, restarted=restarted)
+
+    async def _set_clock(self, node: Node, offset_s: float, *, restarted: bool) -> None:
+        assert node.clock is not None
+        if not restarted:
+            node.clock.shift(offset_s)
+            return
+        self._nodes.hold(node)
+        try:
+            await self._nodes.gone(node)
+            node.clock.shift(offset_s)
+        finally:
+            self._nodes.release(node)
+
+    async def _hit_holder(self, step: Step) -> None:
+        candidates = await self._holders.holding(PATIENCE_S)
+        if not candidates:
+            self._skipped(step, "nobody held a lock")
+            return
+        holding = candidates[step.picks[0] % len(candidates)]
+        where = f"{holding.name}, which holds {holding.holds}"
+        if step.fault is Fault.HOLDER_KILL:
+            await self._holders.kill(holding)
+            await self._lasts(step, where)
+            await self._holders.add()
+            return
+        self._holders.freeze(holding)
+        await self._lasts(step, where)
+        self._holders.thaw(holding)
+
+    def _wanted(self) -> list[Node]:
+        return [node for node in self._nodes.all.values() if node.wanted]
 
     async def _lasts(self, step: Step, where: str) -> None:
         began = self._journal.now

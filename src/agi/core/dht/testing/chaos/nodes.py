@@ -145,6 +145,10 @@ class Nodes:
             words += ["--set", f"{key}={value}"]
         return words
 
+    def wanted(self) -> list[str]:
+        """Addresses of those that are to run."""
+        return [node.address for node in self.all.values() if node.wanted]
+
     # --- what faults want
 
     def kill(self, node: Node) -> None:
