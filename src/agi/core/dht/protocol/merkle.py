@@ -64,24 +64,17 @@ def contribution(key: bytes, header: bytes) -> int:
 
 
 class _Sums:
-    """Leaves of one range. Whoever changes one sets `dirty`."""
+    """Leaves of one range. Whoever adds to one adds to `total` too, what all of them add up to: a root costs no look at
+    the leaves, however many there are."""
 
-    __slots__ = ("_total", "count", "dirty", "leaves", "shift")
+    __slots__ = ("count", "leaves", "shift", "total")
 
     def __init__(self, width: int, keys: int) -> None:
         leaves = max(LEAVES_MIN, -(-keys // LEAF_KEYS))
         self.shift = max(0, (width - 1).bit_length() - (leaves - 1).bit_length())
         self.leaves = array("Q", bytes(8 * (((width - 1) >> self.shift) + 1)))
         self.count = 0
-        self.dirty = False
-        self._total = 0
-
-    @property
-    def total(self) -> int:
-        """What the leaves add up to."""
-        if self.dirty:
-            self._total, self.dirty = sum(self.leaves) & MASK, False
-        return self._total
+        self.total = 0
 
 
 class Tree:
@@ -242,7 +235,7 @@ class HashTrees:
                 sums = tree.sums
                 leaf = token - tree.first >> sums.shift
                 sums.leaves[leaf] = sums.leaves[leaf] + new - old & MASK
-                sums.dirty = True
+                sums.total = sums.total + new - old & MASK
                 if not old:
                     sums.count += 1
                 elif not new:
@@ -301,7 +294,7 @@ class HashTrees:
             counts = contribution(key, header)
             leaf = token - trees[at].first >> sums.shift
             sums.leaves[leaf] = sums.leaves[leaf] + counts & MASK
-            sums.dirty = True
+            sums.total = sums.total + counts & MASK
             sums.count += 1
             if key in pending:
                 pending[key] = counts
