@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 WORKERS ?= 2
 STORAGE ?= memory,rocksdb
 
-.PHONY: run test bench sim sim-mutants sim-scale chaos check format proto lock system-packages clean help
+.PHONY: run test bench bench-consensus bench-growth bench-overload bench-peers sim sim-mutants sim-scale chaos check format proto lock system-packages clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -34,13 +34,32 @@ sim-scale: $(STAMP)  ## failure detection and the ring at 10 to 5000 members: SI
 	@$(BIN)/python -m agi.core.dht.testing.scale $(if $(SIZES),--sizes $(SIZES)) $(if $(PRESET),--preset $(PRESET)) \
 	  $(if $(JOBS),--jobs $(JOBS)) $(if $(RESULT),--result $(RESULT)) $(if $(PLOTS),--plots $(PLOTS))
 
-chaos: $(STAMP) system-packages  ## real nodes killed, frozen, cut off, filled up: CHAOS_SECONDS=180, SEED=k, REPORT=file
-	@$(BIN)/python -m agi.core.dht.testing.chaos --seconds $(or $(CHAOS_SECONDS),180) $(if $(SEED),--seed $(SEED)) \
-	  $(if $(NODES),--nodes $(NODES)) $(if $(REPORT),--report $(REPORT)) $(if $(NO_NETWORK),--no-network)
+chaos: $(STAMP) system-packages  ## real nodes under real faults, histories checked: NODES=3,5, CHAOS_SECONDS=180, SEED=k, REPORT=folder
+	@$(BIN)/python -m agi.core.dht.testing.chaos --seconds $(or $(CHAOS_SECONDS),180) $(if $(NODES),--nodes $(NODES)) \
+	  --report $(or $(REPORT),dist/chaos) $(if $(SEED),--seed $(SEED)) $(if $(WITHOUT),--without $(WITHOUT)) \
+	  $(if $(NO_NETWORK),--no-network)
 
 bench: $(STAMP)  ## speed, memory and RocksDB; BARE=program to hold it against, ROUNDS, SECONDS, STORAGE, JSON=file
 	@$(BIN)/python bench/limit.py $(if $(BARE),--bare $(BARE)) --rounds $(or $(ROUNDS),7) \
 	  --seconds $(or $(SECONDS),3) --storage $(STORAGE) $(if $(JSON),--json $(JSON))
+
+bench-consensus: $(STAMP) system-packages  ## compare-and-set, counters, locks beside puts; a node cut off: ROUNDS, SECONDS, JSON
+	@$(BIN)/python bench/consensus.py --rounds $(or $(ROUNDS),5) --seconds $(or $(SECONDS),2) $(if $(JSON),--json $(JSON))
+
+bench-overload: $(STAMP)  ## three times the load that it can carry, then half: SECONDS, JSON
+	@$(BIN)/python bench/overload.py --seconds $(or $(SECONDS),15) $(if $(JSON),--json $(JSON))
+
+bench-growth: $(STAMP)  ## cost as work grows: DIMENSIONS=nodes,keys, KEYS_MAX=10000000, QUICK=1, JSON=file, DOCS=docs/growth.md
+	@$(BIN)/python -m bench.growth $(if $(QUICK),--quick) $(if $(DIMENSIONS),--dimensions $(DIMENSIONS)) \
+	  $(if $(KEYS_MAX),--keys-max $(KEYS_MAX)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS)) \
+	  $(if $(FOLDER),--folder $(FOLDER)) $(if $(JSON),--json $(JSON)) $(if $(DOCS),--docs $(DOCS)) \
+	  $(if $(READ),--read $(READ))
+
+bench-peers: $(STAMP)  ## side by side with Redis, etcd, NATS, ...: QUICK=1, PEERS=a,b, ROUNDS, SECONDS, BARE=program, JSON, DOCS=file
+	@scripts/bench_peers "$(VENV)"
+	@$(BIN)/python -m bench.peers $(if $(QUICK),--quick) $(if $(PEERS),--peers $(PEERS)) $(if $(ROUNDS),--rounds $(ROUNDS)) \
+	  $(if $(SECONDS),--seconds $(SECONDS)) $(if $(BARE),--bare $(BARE)) $(if $(JSON),--json $(JSON)) \
+	  $(if $(DOCS),--docs $(DOCS)) $(if $(FROM),--from $(FROM))
 
 check: $(STAMP)  ## formatting, lint, types, import layers, generated code
 	@$(BIN)/ruff format --check src tests bench
