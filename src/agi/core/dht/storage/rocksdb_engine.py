@@ -12,7 +12,7 @@ A folder made before it had one of them gets it.
 One write-ahead log covers all of them, so a batch is whole or absent.
 
 Memory is bounded: block cache with index and filter blocks in it, write buffers of all families together, a table cache
-of OPEN_FILES_MAX files. Measured with 1,000,000 records of 100-byte values and `cache_size_mb` 64: loading, a full scan
+of open_files_max() files. Measured with 10^6 records of 100-byte values and `cache_size_mb` 64: loading, a full scan
 and 200,000 random reads raised the process by 80 MiB; both caches were full by then.
 """
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from pathlib import Path
 
 import rocksdict
@@ -37,7 +38,9 @@ HINTS_BUFFER_BYTES = 4 * MIB
 SMALL_BUFFER_BYTES = 1 * MIB
 WAL_BYTES_MAX = 64 * MIB
 """Past this the families that hold the oldest log back are flushed. Bounds the replay, and the space to resume."""
-OPEN_FILES_MAX = 256
+OPEN_FILES_LEAST, OPEN_FILES_MOST = 256, 2048
+"""Past them a read may have to open its file anew, which costs three times the read: 2048 hold 64 GB."""
+FILE_BYTES = 32 * MIB
 BLOOM_BITS_PER_KEY = 10
 SLOWDOWN_FILES, STOP_FILES = 32, 48
 """Level 0 files at which RocksDB delays and then blocks writers, and with them the event loop."""
@@ -46,6 +49,14 @@ KEYS, EXPIRY, META, HINTS, PROMISES = "keys", "expiry", "meta", "hints", "promis
 
 _FULL = ("No space left", "Disk quota exceeded", "NoSpace", "SpaceLimit")
 _UNUSABLE = ("lock hold", "While lock file", "Permission denied", "Read-only file system", "Not a directory")
+
+
+def open_files_max() -> int:
+    """A quarter of what this process may open, within bounds: links need the rest."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed == resource.RLIM_INFINITY:
+        return OPEN_FILES_MOST
+    return min(max(allowed // 4, OPEN_FILES_LEAST), OPEN_FILES_MOST)
 
 
 def as_storage_error(error: BaseException, doing: str, *, opening: bool = False) -> StorageError:
@@ -87,7 +98,7 @@ def _family(cache: Cache, buffer_bytes: int, *, bloom: bool = False) -> Options:
     options.set_write_buffer_size(buffer_bytes)
     options.set_max_write_buffer_number(4)
     options.set_level_compaction_dynamic_level_bytes(True)
-    options.set_target_file_size_base(16 * MIB)
+    options.set_target_file_size_base(FILE_BYTES)
     options.set_max_bytes_for_level_base(64 * MIB)
     options.set_level_zero_slowdown_writes_trigger(SLOWDOWN_FILES)
     options.set_level_zero_stop_writes_trigger(STOP_FILES)
@@ -104,7 +115,7 @@ def _options(cache: Cache) -> Options:
     options.set_wal_recovery_mode(DBRecoveryMode.tolerate_corrupted_tail_records())
     options.set_db_write_buffer_size(WRITE_BUFFERS_BYTES)
     options.set_max_total_wal_size(WAL_BYTES_MAX)
-    options.set_max_open_files(OPEN_FILES_MAX)
+    options.set_max_open_files(open_files_max())
     options.set_max_background_jobs(2)
     options.set_bytes_per_sync(MIB)
     options.set_skip_stats_update_on_db_open(True)
