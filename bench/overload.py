@@ -193,7 +193,8 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
                     step.update(offered(generator, rate, STEP_S))
                     steps.append(step)
                     print(json.dumps(step), flush=True)
-                    if step["answered_per_s"] < best * (1 + WITHIN) and len(steps) > 2:
+                    kept_up = step["answered_per_s"] > step["offered_per_s"] * (1 - WITHIN)
+                    if not kept_up and step["answered_per_s"] < best * (1 + WITHIN):
                         break
                     best = max(best, float(step["answered_per_s"]))
                     rate *= RAISE_BY
