@@ -20,6 +20,7 @@ from agi.core.dht.errors import (
     VersionConflict,
     from_wire,
 )
+from agi.core.dht.observability.metrics import Metrics
 from agi.core.dht.protocol.consensus import ADD, IF_ABSENT, PUT, ballot, is_register, state_of
 from agi.core.dht.protocol.messages import (
     Get,
@@ -34,6 +35,9 @@ from agi.core.dht.protocol.messages import (
     Update,
 )
 from agi.core.dht.protocol.record import HEADER
+from agi.core.dht.protocol.versioning import HLC
+from agi.core.dht.replica import Replica
+from agi.core.dht.testing import SimDisk, Simulation, run_simulation
 from agi.core.dht.types import Consistency
 
 
@@ -297,6 +301,34 @@ def test_a_key_that_is_promised_again_and_again_does_not_hide_others_that_were_a
         now[0] += 0.5
         acceptor.prepare([b"busy"], [ballot(ms, 7)], lambda *said: None)
     assert acceptor.abandoned(10) == [b"left"]
+
+
+def test_a_promise_that_could_not_be_stored_is_not_given_to_the_same_message_once_more() -> None:
+    wanted = ballot(1, 7)
+
+    async def main(sim: Simulation) -> None:
+        disk = SimDisk("n1", sim.stream("disk"), sim.trace)
+        store, clock = disk.store(), sim.host("n1").clock
+        await store.open()
+        acceptor = Acceptor(Replica(store, HLC(), clock, Metrics(), max_clock_skew_ms=5000), clock)
+        told: list[tuple[object, object, bytes]] = []
+
+        def done(records: object, refusals: object, error: object) -> None:
+            told.append((refusals, error, disk.durable_promise(b"k")))
+
+        disk.faults.full_chance = 1.0
+        acceptor.prepare([b"k"], [wanted], done)
+        await asyncio.sleep(1)
+        assert len(told) == 1 and told[0][1] is not None
+        disk.faults.full_chance = 0.0
+        acceptor.prepare([b"k"], [wanted], done)  # the network has brought it twice
+        await asyncio.sleep(1)
+        assert told[1:] == [(None, None, wanted)]
+        acceptor.prepare([b"k"], [ballot(1, 8)], done)
+        await asyncio.sleep(1)
+        assert told[2:] == [([(0, wanted)], None, wanted)]
+
+    run_simulation(main, seed=1)
 
 
 async def test_bad_input_changes_nothing() -> None:

@@ -69,9 +69,9 @@ class Acceptor:
                 higher = judge_prepare(ballot, known, record)
                 if higher is not None:
                     refusals.append((index, higher))
-                elif ballot != known:
+                else:  # also one that is known: storing it may have failed the first time (D1)
                     given[key] = ballot
-            if len(promises) + len(given) > PROMISES_MAX:
+            if len(promises) + sum(key not in promises for key in given) > PROMISES_MAX:
                 raise Overloaded(f"{len(promises)} rounds of consensus are open at this node already")
             # From here on plain writes are refused; if it cannot be stored, that refuses more than it has to.
             promises.update(given)

@@ -18,33 +18,35 @@ from unittest import mock
 import msgspec
 
 from agi.core.dht import acceptor, node, registers, tree_answers
-from agi.core.dht.acceptor import Acceptor
+from agi.core.dht.client.locks import Lock
 from agi.core.dht.epochs import Epochs
 from agi.core.dht.errors import Unavailable
 from agi.core.dht.hello import KnownBoots, check_hello
 from agi.core.dht.identity import Ledger
 from agi.core.dht.migration import Migration
 from agi.core.dht.node import Node
-from agi.core.dht.protocol import dissemination
+from agi.core.dht.protocol import consensus, dissemination
 from agi.core.dht.protocol.bootstrap import Bootstrap, StoreTopology, StoreVote
 from agi.core.dht.protocol.commit import GroupCommit
 from agi.core.dht.protocol.consensus import Round, round_of, state_of
 from agi.core.dht.protocol.dedup import RequestTable
-from agi.core.dht.protocol.floors import is_dead
+from agi.core.dht.protocol.floors import Height, is_dead
+from agi.core.dht.protocol.locks import LockRecord, pack_lock
 from agi.core.dht.protocol.messages import FRESH, HINT, Claim, Hello, TreeRoot, TreeRootReply
 from agi.core.dht.protocol.quorum import JointReadQuorum, JointWriteQuorum, ReadQuorum, WriteQuorum
 from agi.core.dht.protocol.record import EXPIRES, FLAGS, HEADER, created_ms_of, hlc_of, pack
 from agi.core.dht.protocol.register import Proposer, Reply, State
 from agi.core.dht.protocol.versioning import writer_id
-from agi.core.dht.reclaim import Reclaimer
+from agi.core.dht.reclaim import CLOSE, Reclaimer
 from agi.core.dht.registers import Registers
 from agi.core.dht.replica import Replica
-from agi.core.dht.testing.clock import EPOCH_MS
+from agi.core.dht.testing.clock import EPOCH_MS, SimClock
 from agi.core.dht.testing.formation import run_formation
 from agi.core.dht.testing.report import Report
 from agi.core.dht.testing.scenario import Profile, Turn
 from agi.core.dht.testing.trial import run_seed
 from agi.core.dht.topology import Topology, unpack
+from agi.core.dht.tree_answers import TreeAnswers
 from agi.core.dht.treekeeper import TreeKeeper
 from agi.core.dht.types import MemberStatus
 from agi.core.dht.writes import WriteGroup
@@ -73,10 +75,12 @@ class Mutant:
     seed: int = 1
 
     def run(self, seed: int, *, aimed: bool) -> Report:
-        """A seed of the kind that looks for it; `aimed`: of its profile."""
+        """A seed of the kind that looks for it; `aimed`: of its profile, as are those of a turn and of consensus, of
+        which there are few among the ordinary ones."""
         if self.profile is None:
             return run_formation(seed)
-        return run_seed(seed, profile=self.profile if aimed or self.turn else None, turn=self.turn)
+        aimed = aimed or self.turn is not None or self.profile is Profile.CONSENSUS
+        return run_seed(seed, profile=self.profile if aimed else None, turn=self.turn)
 
 
 def _w_is_one() -> AbstractContextManager[Any]:
@@ -337,6 +341,51 @@ def _closed_without_a_look() -> AbstractContextManager[Any]:
     return mock.patch.object(Reclaimer, "_level_with", level_with)
 
 
+def _snapshot_before_epoch() -> AbstractContextManager[Any]:
+    """A source lists and sends at once, whether it has adopted the change and settled what it took before or not."""
+    request, fetch = Migration.request, TreeAnswers.request
+
+    def listed(self: Migration, session: Any, link: Any, message: Any) -> None:
+        with mock.patch.multiple(self, _stale=lambda session, epoch: None, _settled=self._placement):
+            request(self, session, link, message)
+
+    def fetched(self: TreeAnswers, session: Any, link: Any, message: Any) -> None:
+        stale = self._stale if not message.trace.startswith("migration") else lambda session, epoch: None
+        with mock.patch.object(self, "_stale", stale):
+            fetch(self, session, link, message)
+
+    patches = ExitStack()
+    patches.enter_context(mock.patch.object(Migration, "request", listed))
+    patches.enter_context(mock.patch.object(TreeAnswers, "request", fetched))
+    return patches
+
+
+def _round_without_close() -> AbstractContextManager[Any]:
+    """After the seal all reclaim."""
+    real = Reclaimer._step
+
+    async def step(self: Reclaimer, leader: str, message: Any, *, wait: bool) -> None:
+        if message.step == CLOSE:
+            return
+        with mock.patch.object(self, "_lowest", lambda spans: Height(message.version, message.version, 0)):
+            await real(self, leader, message, wait=wait)
+
+    return mock.patch.object(Reclaimer, "_step", step)
+
+
+def _leftover_kept() -> AbstractContextManager[Any]:
+    """Who gains an arc keeps what it has of it. What covers for that is taken away too: data of arcs that a node gave
+    up goes in the background."""
+
+    async def make_room(self: Reclaimer, topology: Topology) -> None:
+        return None
+
+    async def drop(self: Reclaimer, span: Any, allowed: Any) -> int:
+        return 0
+
+    return mock.patch.multiple(Reclaimer, make_room=make_room, _drop=drop)
+
+
 def _wiped_disk_accepted() -> AbstractContextManager[Any]:
     """Who has a member's name is that member: it takes over the identity that the topology names."""
 
@@ -381,20 +430,23 @@ def _round_with_one_vote() -> AbstractContextManager[object]:
 
 
 def _acceptance_before_sync() -> AbstractContextManager[object]:
-    accept = Acceptor.accept
+    decide = Replica.decide
 
-    def hasty(self: Any, keys: Any, records: Any, done: Any) -> None:
+    def hasty(self: Any, keys: Any, what: Any, done: Any, *, values: bool) -> None:
+        if values:  # it is asked for promises
+            decide(self, keys, what, done, values=values)
+            return
         told: list[object] = []
 
-        def once(refusals: Any, error: Any) -> None:
+        def once(error: Any) -> None:
             if not told:
                 told.append(error)
-                done(refusals, error)
+                done(error)
 
-        accept(self, keys, records, once)
-        once(None, None)
+        decide(self, keys, what, once, values=values)
+        once(None)
 
-    return mock.patch.object(Acceptor, "accept", hasty)
+    return mock.patch.object(Replica, "decide", hasty)
 
 
 def _promises_not_persisted() -> AbstractContextManager[object]:
@@ -407,26 +459,38 @@ def _promises_not_persisted() -> AbstractContextManager[object]:
     return mock.patch.object(GroupCommit, "submit", forgetful)
 
 
-class _SinceBoot:
-    """The clock of a machine that shows the same time at each start, and counts calls instead of time."""
+class _Stopped:
+    """A wall clock that always shows the same."""
 
     def __init__(self, clock: Any) -> None:
         self.monotonic, self.boottime = clock.monotonic, clock.boottime
-        self._ms = EPOCH_MS
 
     def wall_ms(self) -> int:
-        self._ms += 1
-        return self._ms
+        return EPOCH_MS
 
 
 def _ballots_reused() -> AbstractContextManager[object]:
-    """A ballot does not tell which start of its node made it, and the clock has gone back to where it was then."""
-    init = Registers.__init__
+    """A ballot does not tell which start of its node made it: one that was started anew goes on with the last. What
+    covers for that is taken away too: acceptors refuse a round that is not above all that they have promised."""
+    init, begin, judge = Registers.__init__, Registers._begin, acceptor.judge_prepare
+    last: dict[int, int] = {}
 
-    def forgetful(self: Any, requests: Any, votes: Any, hlc: Any, proposer: int, clock: Any, *rest: Any) -> None:
-        init(self, requests, votes, hlc, proposer >> 32 << 32, _SinceBoot(clock), *rest)  # type: ignore[arg-type]  # a Clock by what it has
+    def unaware(self: Any, requests: Any, votes: Any, hlc: Any, proposer: int, clock: Any, *rest: Any) -> None:
+        init(self, requests, votes, hlc, proposer >> 32 << 32, _Stopped(clock), *rest)  # type: ignore[arg-type]  # a Clock by what it has
+        self._ms = last.get(proposer >> 32, EPOCH_MS) - 1
 
-    return mock.patch.object(Registers, "__init__", forgetful)
+    def begun(self: Any, key: Any) -> None:
+        begin(self, key)
+        last[self._proposer >> 32] = self._ms
+
+    def granted(wanted: bytes, promise: bytes, record: bytes | None) -> bytes | None:
+        accepted = round_of(record) if record is not None and record[0] & 0x80 else b""
+        return None if wanted == max(promise, accepted) else judge(wanted, promise, record)
+
+    stack = ExitStack()
+    stack.enter_context(mock.patch.multiple(Registers, __init__=unaware, _begin=begun))
+    stack.enter_context(mock.patch.object(acceptor, "judge_prepare", granted))
+    return stack
 
 
 def _plain_put_past_a_register() -> AbstractContextManager[object]:
@@ -496,6 +560,42 @@ def _retry_without_a_name() -> AbstractContextManager[object]:
     return mock.patch.object(registers, "outcome", lambda op, state, first: None)
 
 
+def _round_across_epochs() -> AbstractContextManager[object]:
+    """A new epoch ends no round, and leaves the ballots that were promised under the one before."""
+
+    def wait_on(self: Any) -> None:
+        if self.waiting:
+            self.registers.requests.pending[self.id] = self
+
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(Registers, "adopt", lambda self: None))
+    stack.enter_context(mock.patch.object(registers._Frame, "restart", wait_on))
+    return stack
+
+
+# --- locks
+
+
+def _fence_unchecked() -> AbstractContextManager[object]:
+    return mock.patch.object(consensus, "_fence", lambda op, state: op.fence or state.fence)
+
+
+def _lease_by_the_wall_clock() -> AbstractContextManager[object]:
+    return mock.patch.object(SimClock, "boottime", lambda self: self.wall_ms() / 1000)
+
+
+def _released_by_a_stale_holder() -> AbstractContextManager[object]:
+    """Whoever was a holder frees the lock, whether it is his still or another's."""
+
+    async def release(self: Any) -> None:
+        self._over = "was released"
+        self._renewals.cancel()
+        value = pack_lock(LockRecord("", 0, self._token))
+        await self._client._write_over(self._key, value, None, None, self._lease_s)
+
+    return mock.patch.object(Lock, "release", release)
+
+
 MUTANTS = (
     Mutant("w-is-one", "a write is acknowledged by W replicas", _w_is_one, Profile.NETWORK),
     Mutant("ack-before-persist", "D1: persist before send", _acknowledge_before_persist, Profile.POWER, seed=34),
@@ -537,7 +637,10 @@ MUTANTS = (
     ),
     Mutant("final-too-early", "T7: the final epoch waits for the data", _no_member_is_filled, Profile.CHURN, Turn.MOVE),
     Mutant("reclaimed-by-time", "G1: a tombstone goes by agreement", _reclaimed_by_time_alone, Profile.NETWORK),
-    Mutant("closed-unlevelled", "G1: who closes has what others had", _closed_without_a_look, Profile.NETWORK, seed=25),
+    Mutant("closed-unlevelled", "G1: who closes has what others had", _closed_without_a_look, Profile.NETWORK),
+    Mutant("unclosed-round", "G1: a round closes before it reclaims", _round_without_close, Profile.NETWORK, seed=15),
+    Mutant("snapshot-before-epoch", "T6: a source adopts first", _snapshot_before_epoch, Profile.CHURN, Turn.LAG),
+    Mutant("leftover-kept", "T10: who gains an arc drops old data", _leftover_kept, Profile.CHURN, Turn.MOVE),
     Mutant("wiped-disk", "I1: a name with another disk is another", _wiped_disk_accepted, Profile.CHURN, Turn.LOSE),
     Mutant("round-of-one", "R: a quorum promises and accepts", _round_with_one_vote, Profile.CONSENSUS),
     Mutant(
@@ -562,18 +665,28 @@ MUTANTS = (
     Mutant(
         "hasty-conflict", "R5: a conflict is told of a chosen value", _conflict_on_a_value_not_chosen, Profile.CONSENSUS
     ),
-    Mutant("nameless-retry", "R4: an operation finds itself", _retry_without_a_name, Profile.CONSENSUS, seed=7),
+    Mutant("nameless-retry", "R4: an operation finds itself", _retry_without_a_name, Profile.CONSENSUS),
+    Mutant("round-across-epochs", "R6: an epoch change ends every round", _round_across_epochs, Profile.CONSENSUS),
+    Mutant("fence-unchecked", "L3: a lower token is refused", _fence_unchecked, Profile.CONSENSUS, seed=4),
+    Mutant("lease-by-wall-clock", "L2: leases are counted, not dated", _lease_by_the_wall_clock, Profile.CONSENSUS),
+    Mutant(
+        "stale-release", "L2: a release is bound to its version", _released_by_a_stale_holder, Profile.CONSENSUS, seed=5
+    ),
 )
 
 
 def hunt(mutant: Mutant, seeds: range, *, aimed: bool = False) -> Report | None:
     """The report of the first seed that catches the bug; `aimed`: of the seeds of its profile. A seed in which the bug
     only makes the program fail catches nothing: that is not what the checks are for. Nor do changes that come to no end
-    where the bug is about what they do to records."""
+    where the bug is about what they do to records. Raises AssertionError for a patch that does not fit what it patches
+    any more."""
     others = {"program", "convergence"} if mutant.turn is not None else {"program"}
     for seed in seeds:
         with mutant.plant():
             report = mutant.run(seed, aimed=aimed)
+        failures = [finding.text for finding in report.findings if finding.check == "program"]
+        misfits = [text for text in failures if "TypeError" in text and "argument" in text]
+        assert not misfits, f"{mutant.name} does not fit: {misfits[0]}"
         if report.findings and report.findings[0].check not in others:
             return report
     return None
@@ -591,6 +704,7 @@ def main(argv: list[str] | None = None) -> int:
         seed, check = ("-", "MISSED") if report is None else (str(report.seed), report.findings[0].check)
         missed += report is None
         kind = "formation" if mutant.profile is None else mutant.turn or ""
+        kind = "consensus" if mutant.profile is Profile.CONSENSUS else kind
         print(
             f"{mutant.name:20} {seed:>5} {check:12} {time.perf_counter() - began:6.1f}  {kind:10} {mutant.rule}",
             flush=True,

@@ -16,8 +16,21 @@ from mutants import MUTANTS, Mutant, hunt
 
 from agi.core.dht.errors import LinkClosed
 from agi.core.dht.identity import Ledger, Promise
-from agi.core.dht.protocol.messages import EpochPrepare, EpochReply, Hello, Query, ReplicaWrite, TopologyNews
+from agi.core.dht.protocol.consensus import State, ballot, next_ballot, register_of
+from agi.core.dht.protocol.messages import (
+    EpochPrepare,
+    EpochReply,
+    Hello,
+    Query,
+    RegisterAccept,
+    RegisterAccepted,
+    RegisterPrepare,
+    RegisterPromises,
+    ReplicaWrite,
+    TopologyNews,
+)
 from agi.core.dht.protocol.record import pack
+from agi.core.dht.storage.base import Batch
 from agi.core.dht.testing import (
     Profile,
     Scenario,
@@ -56,6 +69,7 @@ def test_no_seed_violates_a_guarantee(first: int) -> None:
     assert counts["read repairs"] and counts["restamps"] and counts["wiped"] and counts["formed"] > 2 * CHUNK
     assert counts["declared dead"] and counts["of these refuted"]
     assert counts["hints"] > 100 and counts["hints replayed"] > 100
+    assert counts["votes watched"] > 1000
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
@@ -173,6 +187,8 @@ def test_a_hello_that_tells_of_what_is_not_durable_is_found() -> None:
         watch("n2", "n1", TopologyNews(first.next(first.members, "another", 0).packed))
         assert [finding.check for finding in cluster.findings[2:]] == ["one epoch", "durable"]
 
+    _in_cluster(body)
+
 
 def test_a_vote_that_is_told_of_before_it_is_durable_is_found() -> None:
     async def body(cluster: SimCluster) -> None:
@@ -202,6 +218,128 @@ def test_one_version_of_one_writer_with_two_values_is_found() -> None:
         assert cluster.findings == []
         watch("n1", "n2", write(b"d", 8, 1))
         assert [finding.check for finding in cluster.findings] == ["one value"]
+
+    _in_cluster(body)
+
+
+def _register(value: bytes, at: bytes) -> bytes:
+    return register_of(b"k", at, State(1, value))
+
+
+def test_a_promise_that_is_told_of_before_it_is_durable_is_found() -> None:
+    low, high = ballot(5, 1), ballot(6, 1)
+
+    async def body(cluster: SimCluster) -> None:
+        disk = cluster.disks["n1"]
+        store = disk.store()
+        await store.open()
+        watch = cluster.network.policy
+
+        async def told(promise: bytes, *, index: int | None = None) -> int:
+            """How many findings there are more once n1 has promised this to n2, or refused the key of that index."""
+            before = len(cluster.findings)
+            watch("n2", "n1", RegisterPrepare(4, 1, "", [b"k", b"other"], [promise, low]))
+            refusals = [(1, high)] if index is None else [(1, high), (index, high)]
+            watch("n1", "n2", RegisterPromises(4, [None, None], refusals))
+            return len(cluster.findings) - before
+
+        assert await told(low, index=0) == 0
+        watch("n1", "n2", RegisterPromises(4, [], None, (1, "an error", 0, 0)))
+        watch("n3", "n1", RegisterPromises(4, [None, None]))  # nobody asked it
+        assert cluster.findings == []
+        store.write(Batch(promises={b"k": low}))
+        assert await told(low) == 1  # it is not synced
+        assert cluster.findings[-1].check == "durable" and "promise" in cluster.findings[-1].text
+        await store.apply(Batch())
+        assert await told(low) == 0
+        cluster.votes.prepare("n2", "n1", RegisterPrepare(4, 1, "", [b"k"], [high]))  # by n2 as it was before it fell
+        assert await told(low) == 0
+        assert await told(high) == 0, "it may be the answer to what was asked of it before"
+        watch("n2", "n1", RegisterPrepare(5, 1, "", [b"k"], [high]))
+        watch("n1", "n2", RegisterPromises(5, [None]))
+        assert len(cluster.findings) == 2
+        # a record that was accepted in that round stands for the promise, as does one of a later round
+        await store.apply(Batch({b"k": _register(b"v", next_ballot(high) or b"")}, [b"k"], promises={b"k": b""}))
+        watch("n1", "n2", RegisterPromises(5, [None]))
+        await store.apply(Batch(purges=[b"k"]))
+        watch("n1", "n2", RegisterPromises(5, [None]))  # it was there
+        assert len(cluster.findings) == 2
+        cluster.wipe("n1")
+        watch("n1", "n2", RegisterPromises(5, [None]))
+        assert len(cluster.findings) == 3, "what another disk held does not count"
+
+    _in_cluster(body)
+
+
+def test_an_acceptance_that_is_told_of_before_it_is_durable_is_found() -> None:
+    first = next_ballot(ballot(5, 1)) or b""
+    second = next_ballot(first) or b""
+
+    async def body(cluster: SimCluster) -> None:
+        store = cluster.disks["n1"].store()
+        await store.open()
+        watch = cluster.network.policy
+        watch("n2", "n1", RegisterAccept(4, 1, "", [b"k"], [_register(b"v", first)]))
+        assert cluster.votes.coordinator == "n2"
+        watch("n1", "n2", RegisterAccepted(4, [(0, second)]))
+        watch("n1", "n2", RegisterAccepted(4, None, (1, "an error", 0, 0)))
+        assert cluster.findings == []
+        await store.apply(Batch(promises={b"k": second}))
+        watch("n1", "n2", RegisterAccepted(4))
+        assert [finding.check for finding in cluster.findings] == ["durable"], "a promise is no acceptance"
+        plain = pack(b"k", b"v", (1 << 63) - 1, 1)
+        await store.apply(Batch({b"k": plain}, [b"k"]))
+        watch("n1", "n2", RegisterAccepted(4))
+        assert len(cluster.findings) == 2, "a plain record is none either"
+        store.write(Batch({b"k": _register(b"v", first)}))
+        watch("n1", "n2", RegisterAccepted(4))
+        assert len(cluster.findings) == 3
+        await store.apply(Batch())
+        watch("n1", "n2", RegisterAccepted(4))
+        await store.apply(Batch({b"k": _register(b"w", second)}))
+        watch("n1", "n2", RegisterAccepted(4))  # it has accepted a later one while this left
+        assert len(cluster.findings) == 3 and cluster.votes.checked == 6
+        assert "acceptance" in cluster.findings[-1].text and first.hex() in cluster.findings[-1].text
+
+    _in_cluster(body)
+
+
+def test_a_round_that_goes_on_under_another_epoch_is_found() -> None:
+    first = next_ballot(ballot(5, 1)) or b""
+    second = next_ballot(first) or b""
+
+    async def body(cluster: SimCluster) -> None:
+        watch = cluster.network.policy
+        watch("n1", "n2", RegisterPrepare(1, 3, "", [b"k"], [ballot(5, 1)]))
+        watch("n1", "n2", RegisterAccept(2, 3, "", [b"k"], [_register(b"v", first)]))
+        watch("n1", "n2", RegisterAccept(3, 4, "", [b"k"], [_register(b"v", next_ballot(ballot(6, 1)) or b"")]))
+        assert cluster.findings == []
+        watch("n1", "n2", RegisterAccept(4, 4, "", [b"k"], [_register(b"w", second)]))
+        assert [finding.check for finding in cluster.findings] == ["one round"]
+
+    _in_cluster(body)
+
+
+def test_one_ballot_with_two_values_is_found() -> None:
+    first = next_ballot(ballot(5, 1)) or b""
+
+    def accept(key: bytes, value: bytes, at: bytes) -> RegisterAccept:
+        return RegisterAccept(1, 1, "", [key], [register_of(key, at, State(1, value))])
+
+    async def body(cluster: SimCluster) -> None:
+        watch = cluster.network.policy
+        for message in (
+            accept(b"k", b"a", first),
+            accept(b"k", b"a", first),
+            accept(b"k", b"b", next_ballot(first) or b""),
+            accept(b"k", b"b", ballot(5, 2)),
+            accept(b"l", b"b", first),
+        ):
+            watch("n1", "n2", message)
+        assert cluster.findings == []
+        watch("n1", "n3", accept(b"k", b"b", first))
+        assert [finding.check for finding in cluster.findings] == ["one value"]
+        assert "ballot" in cluster.findings[0].text
 
     _in_cluster(body)
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from agi.core.dht.errors import ConnectFailed, FolderUnusable, StorageClosed, StorageError, StorageFull
-from agi.core.dht.protocol.messages import EpochPrepare, Query, QueryReply, ReplicaWrite, TopologyNews
+from agi.core.dht.protocol.messages import EpochPrepare, Goodbye, Query, QueryReply, ReplicaWrite, TopologyNews
 from agi.core.dht.protocol.record import pack, shrink
 from agi.core.dht.ring import token_bytes
 from agi.core.dht.storage.base import Batch
@@ -1066,6 +1066,83 @@ def test_healing_lifts_what_would_last_longer() -> None:
         assert network.faults == LinkFaults()
         assert booted == [*names, "n2"]
         assert driver.counts == {fault.kind: 1 for fault in faults}
+
+    simulate(body)
+
+
+def test_the_coordinator_of_the_moment_is_isolated() -> None:
+    async def body(sim: Simulation) -> None:
+        network = SimNetwork(sim.loop, sim.stream("network"))
+        for name in ("n1", "n2", "n3", "c1"):
+            network.attach(sim.host(name))
+        coordinator = ""
+        faults = (
+            Fault(1.0, 1.0, FaultKind.ISOLATE, ("n1",)),
+            Fault(3.0, 1.0, FaultKind.ISOLATE, ("n1",), 1),
+            Fault(5.0, 9.0, FaultKind.ISOLATE, ("n1",)),
+        )
+        plan = FaultPlan(6.0, ("n1", "n2", "n3"), faults)
+        driver = FaultDriver(sim, network, {}, lambda name: None, plan, coordinator=lambda: coordinator)
+        task = asyncio.create_task(driver.run())
+
+        def reached(name: str) -> list[str]:
+            return [other for other in sim.hosts if other != name and network.can_connect(name, other)]
+
+        await asyncio.sleep(1.5)
+        assert reached("n1") == ["c1"], "nobody is known to coordinate; clients reach it"
+        assert reached("n2") == ["n3", "c1"]
+        coordinator = "n2"
+        await asyncio.sleep(1.0)
+        assert reached("n1") == ["n2", "n3", "c1"]
+        await asyncio.sleep(1.0)
+        assert reached("n2") == [] and reached("n1") == ["n3", "c1"]
+        coordinator = "n3"
+        await asyncio.sleep(1.0)
+        assert reached("n2") == ["n1", "n3", "c1"], "who was cut off is let back, not who coordinates by then"
+        await asyncio.sleep(1.0)
+        assert reached("n3") == ["c1"]
+        await task
+        assert reached("n3") == ["n1", "n2", "c1"]
+
+    simulate(body)
+
+
+def test_hosts_are_held_up_one_after_the_other_and_go_on_one_by_one() -> None:
+    mix = FaultMix(every_s={FaultKind.SWIZZLE: 2.0}, for_s=(1.0, 2.0))
+    plan = FaultPlan.draw(random.Random(3), ["n1", "n2", "n3", "n4"], safety_s=20.0, mix=mix)
+    assert {len(fault.hosts) for fault in plan.faults} == {1}
+    assert [fault.at_s for fault in plan.faults] == sorted(fault.at_s for fault in plan.faults)
+    assert len({round(fault.at_s + fault.for_s, 6) for fault in plan.faults}) == len(plan.faults) > 4
+
+    async def body(sim: Simulation) -> None:
+        network = SimNetwork(sim.loop, sim.stream("network"))
+        for name in ("n1", "n2", "n3"):
+            network.attach(sim.host(name))
+        plan = FaultPlan(6.0, ("n1", "n2", "n3"), (Fault(1.0, 2.0, FaultKind.SWIZZLE, ("n2",)),))
+        task = asyncio.create_task(FaultDriver(sim, network, {}, lambda name: None, plan).run())
+        await asyncio.sleep(1.5)
+        delays = {(a, b): network.policy(a, b, Goodbye())[0] for a, b in (("n1", "n2"), ("n2", "n3"), ("n1", "n3"))}
+        assert delays["n1", "n2"] > 1.4 and delays["n2", "n3"] > 1.4 and delays["n1", "n3"] < 0.2
+        await task
+
+    simulate(body)
+
+
+def test_hosts_of_clients_are_stopped_and_set_too_and_healed() -> None:
+    async def body(sim: Simulation) -> None:
+        network = SimNetwork(sim.loop, sim.stream("network"))
+        for name in ("n1", "n2", "c1"):
+            network.attach(sim.host(name))
+        sim.hosts["c1"].boot(lambda: asyncio.sleep(1000))
+        faults = (Fault(1.0, 9.0, FaultKind.PAUSE, ("c1",)), Fault(1.0, 9.0, FaultKind.CLOCK_JUMP, ("c1",), -500))
+        booted: list[str] = []
+        driver = FaultDriver(sim, network, {}, booted.append, FaultPlan(5.0, ("n1", "n2"), faults))
+        task = asyncio.create_task(driver.run())
+        await asyncio.sleep(3)
+        assert sim.hosts["c1"].paused and sim.hosts["c1"].clock.skew_ms == -500
+        await task
+        assert not sim.hosts["c1"].paused and sim.hosts["c1"].clock.skew_ms == 0
+        assert set(booted) == {"n1", "n2"}, "clients are started by others"
 
     simulate(body)
 

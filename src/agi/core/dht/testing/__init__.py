@@ -9,8 +9,8 @@ simulation.py  `run_simulation`, the entry
 
 and on top of these, the simulation of this package's own clusters:
 
-scenario.py    what a seed runs; workload.py its clients
-cluster.py     nodes on hosts, watched from outside
+scenario.py    what a seed runs; workload.py its clients, conditional.py and locking.py what they do under consensus
+cluster.py     nodes on hosts, watched from outside; votes.py: what they tell of votes on keys
 checks.py      judges a history of client calls
 trial.py       `run_seed`: one seed of a cluster; formation.py: `run_formation`, one seed of its bootstrap
 report.py      what a seed ended with

@@ -27,11 +27,14 @@ from agi.core.dht.protocol.consensus import is_register
 from agi.core.dht.protocol.floors import is_dead
 from agi.core.dht.protocol.hints import Hints
 from agi.core.dht.protocol.messages import (
+    ArcList,
+    ArcListReply,
     EpochAccept,
     EpochPrepare,
     EpochReply,
     Hello,
     Message,
+    ReclaimStep,
     RegisterAccept,
     RegisterAccepted,
     RegisterPrepare,
@@ -43,10 +46,12 @@ from agi.core.dht.protocol.record import EXPIRES, FLAGS, HEADER, SHRUNK
 from agi.core.dht.protocol.versioning import from_ms
 from agi.core.dht.protocol.view import GONE
 from agi.core.dht.reclaim import Reclaimer
+from agi.core.dht.ring import Ring
 from agi.core.dht.testing.checks import Finding
 from agi.core.dht.testing.disk import SimDisk
 from agi.core.dht.testing.host import Host
 from agi.core.dht.testing.network import SimNetwork, SimTransport
+from agi.core.dht.testing.reclaiming import leftover, unlevelled
 from agi.core.dht.testing.scenario import Churn, Scenario, address_of
 from agi.core.dht.testing.simulation import Simulation
 from agi.core.dht.testing.votes import Votes
@@ -85,7 +90,7 @@ class SimCluster:
         self.scenario = scenario
         self.network = SimNetwork(sim.loop, sim.stream("network"))
         self.disks: dict[str, SimDisk] = {}
-        self.votes = Votes(self.disks, partial(self._find, "durable"))
+        self.votes = Votes(self.disks, self._find)
         self.network.policy = self._watched(self.network.policy)
         self.wiped: list[SimDisk] = []
         self.running: dict[str, Node] = {}
@@ -137,7 +142,17 @@ class SimCluster:
 
     def _new_disk(self, name: str) -> None:
         stream = self.sim.stream(f"disk/{name}/{len(self.wiped)}")
-        self.disks[name] = SimDisk(name, stream, self.sim.trace, self._hash_algorithm)
+        disk = self.disks[name] = SimDisk(name, stream, self.sim.trace, self._hash_algorithm)
+        placement = ""
+
+        def stored(what: str, value: bytes) -> None:
+            nonlocal placement
+            if what == "topology" and (topology := unpack(value)).placement != placement:
+                placement = topology.placement
+                for key in leftover(name, topology, disk, self.scenario.workload.names):
+                    self._find("leftover", f"{name} gains {key} in epoch {topology.epoch} and holds old data of it")
+
+        disk.on_meta = stored
 
     @property
     def _hash_algorithm(self) -> str:
@@ -489,9 +504,9 @@ class SimCluster:
 
     # --- clients
 
-    def client_host(self, name: str) -> Host:
-        """A host for client code, attached to the network."""
-        host = self.sim.host(name)
+    def client_host(self, name: str, *, skew_ms: int = 0, rate: float = 1.0) -> Host:
+        """A host for client code, attached to the network; its clock as in SimClock."""
+        host = self.sim.host(name, skew_ms=skew_ms, rate=rate)
         self.network.attach(host)
         return host
 
@@ -548,6 +563,9 @@ class SimCluster:
             EpochPrepare: self._asks_for_vote,
             EpochAccept: self._asks_for_vote,
             EpochReply: self._check_vote,
+            ReclaimStep: self._check_reclaim,
+            ArcList: self._asks_for_list,
+            ArcListReply: self._check_list,
             TopologyNews: lambda src, dst, news: self._check_told(src, news.topology),
         }
 
@@ -598,6 +616,28 @@ class SimCluster:
             stored = ahead or (promise.promised >= reply.promised and promise.accepted >= reply.accepted)
         if not stored:
             self._find("durable", f"{src} told of its vote on epoch {epoch} before it was on its disk")
+
+    def _asks_for_list(self, src: str, dst: str, message: ArcList) -> None:
+        self._asked[src, dst, message.id] = message.epoch
+
+    def _check_list(self, src: str, dst: str, reply: ArcListReply) -> None:
+        """A source has durably adopted a change before it tells what it holds for it (T2, T6)."""
+        epoch = self._asked.get((dst, src, reply.id))
+        packed = self.disks[src].durable_meta("topology")
+        if reply.error is None and epoch is not None and (packed is None or unpack(packed).epoch < epoch):
+            self._find("durable", f"{src} listed records for epoch {epoch} before it had adopted that")
+
+    def _check_reclaim(self, src: str, dst: str, step: ReclaimStep) -> None:
+        node = self.running.get(src)
+        if node is None or not isinstance(node.ring, Ring):
+            return
+        members = [self.running.get(member.node_id) for member in node.known_topology.members]
+        if any(each is None or each.known_topology.epoch != step.epoch for each in members):
+            return  # some do not hear it, or refuse it
+        for text in unlevelled(
+            src, step, node.ring, self.disks, [name.encode() for name in self.scenario.workload.names]
+        ):
+            self._find("reclaim", text)
 
     def _check_accept(self, src: str, dst: str, accept: RegisterAccept) -> None:
         self._check_values(accept.keys, accept.records)

@@ -1,12 +1,14 @@
 """Work on keys under consensus in a simulated cluster: every call is recorded for the linearizability checker.
 
-Registers take compare-and-set, conditional and plain writes, deletes and reads; counters take additions and reads. A
-plain write of a key that may not be under consensus yet can take effect twice (V2): its history has a second one of
-unknown outcome. Where keys are `fresh`, new ones come into being all the time, while others still use the old.
+Registers take compare-and-set, conditional and plain writes, deletes and reads; counters take additions and reads; sets
+have members added and removed, by compare-and-set and by `update`. A plain write of a key that may not be under
+consensus yet can take effect twice (V2): its history has a second one of unknown outcome. Where keys are `fresh`, new
+ones come into being all the time, while others still use the old.
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -20,6 +22,14 @@ from agi.core.dht.types import Consistency
 
 CHECK_LIMIT = 200_000
 """Configurations that the checker may look at for one key."""
+RACE_SHARE = 0.5
+"""Of the first calls of a worker on a new key, those that are two at once: a create that makes it a register, a put."""
+TWICE = b"~"
+"""Values that begin so may have been written twice, and so be there at two versions."""
+MEMBERS_MAX = 4
+"""Of a set."""
+REMOVE_SHARE = 0.3
+"""Of the changes of a set with room, those that take a member out."""
 
 
 class _Do(StrEnum):
@@ -46,7 +56,7 @@ _WEIGHTS = {
 
 
 class ConditionalWork:
-    """What one worker does to registers and counters.
+    """What one worker does to registers, counters and sets.
 
     Args:
         value_of: makes a value that nobody has written before.
@@ -63,11 +73,13 @@ class ConditionalWork:
         value_of: Callable[[], bytes],
         fresh_s: float,
         now_s: Callable[[], float],
+        sets: Sequence[str] = (),
     ) -> None:
         self._process = process
         self._history = history
         self._registers = list(registers)
         self._counters = list(counters)
+        self._sets = list(sets)
         self.rng = rng
         self._value_of = value_of
         self._fresh_s = fresh_s
@@ -78,40 +90,39 @@ class ConditionalWork:
 
     async def perform(self, client: DHTClient, timeout: float) -> None:
         """One call, recorded."""
-        key = self.rng.choice([*self._registers, *self._counters])
-        if self._fresh_s and key not in self._counters:
-            key = f"{key}.{int(self._now_s() / self._fresh_s)}"
+        key = self.rng.choice([*self._registers, *self._counters, *self._sets])
         if key in self._counters:
             await self._count(client, key, timeout)
             return
+        if key in self._sets:
+            await self._change_set(client, key, timeout)
+            return
+        if self._fresh_s:
+            key = f"{key}.{int(self._now_s() / self._fresh_s)}"
+            if key not in self._established and self.rng.random() < RACE_SHARE:
+                await asyncio.gather(
+                    self._swap(client, key, None, self._value_of(), timeout, create=True),
+                    self._write(client, key, Consistency.QUORUM, timeout),
+                )
+                return
         what = self.rng.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
-        twice = what in (_Do.PLAIN_WRITE, _Do.DELETE) and key not in self._established
         match what:
             case _Do.READ:
                 await self.read(client, key, Consistency.QUORUM, timeout)
             case _Do.READ_LINEARIZABLE:
                 await self.read(client, key, Consistency.LINEARIZABLE, timeout)
-            case _Do.WRITE | _Do.PLAIN_WRITE:
-                value = self._value_of()
-                level = Consistency.LINEARIZABLE if what is _Do.WRITE else Consistency.QUORUM
-                handle = self._invoke(Function.WRITE, key, value.decode())
-                if twice:
-                    self._invoke(Function.WRITE, key, value.decode()).info()
-                try:
-                    await client.put(key, value, consistency=level, timeout=timeout)
-                except DHTError as error:
-                    _failed(handle, error)
-                else:
-                    handle.ok()
-                    self._knows(key, value)
+            case _Do.WRITE:
+                await self._write(client, key, Consistency.LINEARIZABLE, timeout)
+            case _Do.PLAIN_WRITE:
+                await self._write(client, key, Consistency.QUORUM, timeout)
             case _Do.DELETE:
                 handle = self._invoke(Function.DELETE, key, None)
-                if twice:
+                if key not in self._established:
                     self._invoke(Function.DELETE, key, None).info()
                 try:
                     await client.delete(key, timeout=timeout)
                 except DHTError as error:
-                    _failed(handle, error)
+                    record_failure(handle, error)
                 else:
                     handle.ok()
                     self._knows(key, None)
@@ -119,32 +130,108 @@ class ConditionalWork:
                 await self._versioned(client, key, timeout)
             case _:
                 expected = None if what is _Do.CREATE else self._seen.get(key)
-                value = self._value_of()
-                handle = self._invoke(
-                    Function.CAS, key, [None if expected is None else expected.decode(), value.decode()]
-                )
-                try:
-                    if what is _Do.CREATE and self.rng.getrandbits(1):
-                        await client.put(key, value, if_absent=True, timeout=timeout)
-                    else:
-                        await client.compare_and_set(key, expected, value, timeout=timeout)
-                except VersionConflict:
-                    handle.ok(False)
-                    self._established.add(key)
-                except DHTError as error:
-                    _failed(handle, error)
-                else:
-                    handle.ok()
-                    self._knows(key, value)
+                create = what is _Do.CREATE and self.rng.getrandbits(1) == 1
+                await self._swap(client, key, expected, self._value_of(), timeout, create=create)
+
+    async def _write(self, client: DHTClient, key: str, level: Consistency, timeout: float) -> None:
+        twice = level is not Consistency.LINEARIZABLE and key not in self._established
+        value = (TWICE if twice else b"") + self._value_of()
+        handle = self._invoke(Function.WRITE, key, value.decode())
+        if twice:
+            self._invoke(Function.WRITE, key, value.decode()).info()
+        try:
+            await client.put(key, value, consistency=level, timeout=timeout)
+        except DHTError as error:
+            record_failure(handle, error)
+        else:
+            handle.ok()
+            self._knows(key, value)
+
+    async def _swap(
+        self,
+        client: DHTClient,
+        key: str,
+        expected: bytes | None,
+        value: bytes | None,
+        timeout: float,
+        *,
+        create: bool = False,
+    ) -> None:
+        handle = self._invoke(Function.CAS, key, [_text(expected), _text(value)])
+        try:
+            if create and value is not None:
+                await client.put(key, value, if_absent=True, timeout=timeout)
+            else:
+                await client.compare_and_set(key, expected, value, timeout=timeout)
+        except VersionConflict:
+            handle.ok(False)
+            self._established.add(key)
+        except DHTError as error:
+            record_failure(handle, error)
+        else:
+            handle.ok()
+            self._knows(key, value)
+
+    async def _change_set(self, client: DHTClient, key: str, timeout: float) -> None:
+        """Adds a member, or takes one out, or reads."""
+        drawn = self.rng.random()
+        if drawn < 0.2:
+            await self.read(client, key, Consistency.QUORUM, timeout)
+        elif drawn < 0.6:
+            before = self._seen.get(key)
+            after = self._other(before)
+            if before is not None or after is not None:
+                await self._swap(client, key, before, after, timeout)
+                self._seen.pop(key, None)  # if that failed, it is not known what is there: read it
+                await self.read(client, key, Consistency.QUORUM, timeout)
+        else:
+            await self._update(client, key, timeout)
+
+    async def _update(self, client: DHTClient, key: str, timeout: float) -> None:
+        """Each try of an `update` is a read, and a compare-and-set from what was read. One that another came before
+        changed nothing; but the value may be the same again by then, so that it is no observation."""
+        read, swap = self._invoke(Function.READ, key, None), None
+
+        def change(value: bytes | None) -> bytes | None:
+            nonlocal read, swap
+            if swap is not None:
+                swap.fail()
+            read.ok(_text(value))
+            read, after = self._invoke(Function.READ, key, None), self._other(value)
+            swap = self._invoke(Function.CAS, key, [_text(value), _text(after)])
+            return after
+
+        try:
+            after = await client.update(key, change, timeout=timeout)
+        except VersionConflict:
+            if swap is not None:
+                swap.fail()
+        except DHTError as error:
+            if swap is not None:
+                record_failure(swap, error)
+        else:
+            assert swap is not None
+            swap.ok()
+            self._knows(key, after)
+        read.fail()
+
+    def _other(self, value: bytes | None) -> bytes | None:
+        """The set with one member more or less; None for one without members."""
+        members = [] if value is None else value.decode().split(",")
+        if len(members) >= MEMBERS_MAX or (members and self.rng.random() < REMOVE_SHARE):
+            members.remove(self.rng.choice(members))
+        else:
+            members.append(self._value_of().decode().rstrip("."))
+        return ",".join(sorted(members)).encode() or None
 
     async def _versioned(self, client: DHTClient, key: str, timeout: float) -> None:
-        """Reads, then writes over the version read, which is a compare-and-set from the value read: none is written
-        twice."""
+        """Reads, then writes over the version read, which is a compare-and-set from the value read. Where that may have
+        been written twice, a conflict does not tell of another value."""
         handle = self._invoke(Function.READ, key, None)
         try:
             entry = await client.get_entry(key, timeout=timeout)
         except DHTError as error:
-            _failed(handle, error)
+            record_failure(handle, error)
             return
         handle.ok(None if entry is None else entry.value.decode())
         if entry is None:
@@ -154,9 +241,12 @@ class ConditionalWork:
         try:
             await client.put(key, value, if_version=entry.version, timeout=timeout)
         except VersionConflict:
-            handle.ok(False)
+            if entry.value.startswith(TWICE):
+                handle.fail()
+            else:
+                handle.ok(False)
         except DHTError as error:
-            _failed(handle, error)
+            record_failure(handle, error)
         else:
             handle.ok()
             self._knows(key, value)
@@ -167,7 +257,7 @@ class ConditionalWork:
         try:
             value = await client.get(key, consistency=level, timeout=timeout)
         except DHTError as error:
-            _failed(handle, error)
+            record_failure(handle, error)
             return False
         self._seen[key] = value
         if key in self._counters:
@@ -185,7 +275,7 @@ class ConditionalWork:
         try:
             total = await client.incr(key, delta, timeout=timeout)
         except DHTError as error:
-            _failed(handle, error)
+            record_failure(handle, error)
         else:
             handle.ok(total)
 
@@ -200,7 +290,12 @@ class ConditionalWork:
         self._established.add(key)
 
 
-def _failed(handle: Handle, error: DHTError) -> None:
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode()
+
+
+def record_failure(handle: Handle, error: BaseException) -> None:
+    """How an operation ended that raised this: only some errors promise that nothing was written (D3)."""
     if isinstance(error, Unavailable | InvalidRequest | ClockSkew):
         handle.fail()
     else:

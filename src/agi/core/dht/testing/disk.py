@@ -137,6 +137,7 @@ class SimDisk:
         faults: see DiskFaults.
         writes, syncs: how many were done.
         crashes_that_lost_data: crashes after which at least one written entry was gone.
+        on_meta: called with (name, value) of a named value of the node that has become durable.
     """
 
     def __init__(self, name: str, rng: random.Random, trace: Trace, hash_algorithm: str = "md5") -> None:
@@ -145,6 +146,7 @@ class SimDisk:
         self.writes = 0
         self.syncs = 0
         self.crashes_that_lost_data = 0
+        self.on_meta: Callable[[str, bytes], None] | None = None
         self._rng = rng
         self._trace = trace
         self._token = token_bytes(hash_algorithm)
@@ -248,6 +250,8 @@ class SimDisk:
         if count > 0:  # another sync may have been there first
             for entry in self._tail[:count]:
                 self._synced.apply(entry)
+                if isinstance(entry, _Meta) and self.on_meta is not None:
+                    self.on_meta(entry.name, entry.value)
             del self._tail[:count]
             self._synced_count += count
 

@@ -47,6 +47,11 @@ class FaultKind(enum.StrEnum):
     nobody asks them for votes; everything else arrives."""
     WIPE = "wipe"
     """hosts[0] gets an empty disk and is booted again at once, under its old name."""
+    ISOLATE = "isolate"
+    """The host that coordinates at this moment, hosts[0] if none is known, is cut off from the plan's other hosts, and
+    with amount 1 from those of clients too."""
+    SWIZZLE = "swizzle"
+    """All that hosts[0] sends and is sent is held up. Some are, one after the other, and go on one by one."""
 
 
 _NEWS = (TopologyNews, EpochPrepare)
@@ -109,6 +114,7 @@ class FaultPlan:
 
     Attributes:
         safety_s: when all is healed. Faults end by then.
+        hosts: those of the nodes. Faults may name others too: hosts of clients, to be paused or have their clocks set.
     """
 
     safety_s: float
@@ -165,9 +171,16 @@ class FaultPlan:
                 faults.append(Fault(at_s, for_s, kind, tuple(sorted(group)), amount))
             elif kind is FaultKind.WIPE:
                 faults.append(Fault(at_s, 0.0, kind, (rng.choice(hosts),)))
+            elif kind is FaultKind.ISOLATE:
+                faults.append(Fault(at_s, for_s, kind, (rng.choice(hosts),), rng.getrandbits(1)))
+            elif kind is FaultKind.SWIZZLE:
+                for host in rng.sample(hosts, rng.randint(2, len(hosts))):
+                    begin_s, end_s = (at_s + for_s * rng.uniform(low, low + 0.5) for low in (0.0, 0.5))
+                    faults.append(Fault(begin_s, end_s - begin_s, kind, (host,)))
             else:
                 group = rng.sample(hosts, rng.randint(1, len(hosts) - 1))
                 faults.append(Fault(at_s, for_s, kind, tuple(sorted(group))))
+        faults.sort(key=lambda fault: fault.at_s)
         return cls(safety_s, tuple(hosts), tuple(faults), links, disk)
 
     def __str__(self) -> str:
@@ -190,11 +203,13 @@ class FaultDriver:
     """Performs a plan on the hosts that it names.
 
     Args:
-        sim, network: of the simulation; the hosts are `sim.hosts`, attached to the network.
+        sim, network: of the simulation; the hosts are `sim.hosts`, attached to the network. There must be all that the
+            plan names when it runs.
         disks: each host's disk, if it has one.
         boot: boots a host of this name. Also called for a host whose process ended by itself (a failed disk, say), at
             the next event of the plan, and at the end for every host that is not alive.
         wipe: kills a host and gives it an empty disk; False where that would be more than the cluster has to survive.
+        coordinator: the host that coordinates at this moment; "" if that is not known.
 
     Attributes:
         counts: how many faults of each kind began.
@@ -208,6 +223,7 @@ class FaultDriver:
         boot: Callable[[str], None],
         plan: FaultPlan,
         wipe: Callable[[str], bool] = lambda name: False,
+        coordinator: Callable[[], str] = lambda: "",
     ) -> None:
         self.counts: Counter[FaultKind] = Counter()
         self._sim = sim
@@ -216,6 +232,8 @@ class FaultDriver:
         self._boot = boot
         self._plan = plan
         self._wipe = wipe
+        self._coordinator = coordinator
+        self._isolated: dict[Fault, list[tuple[str, str]]] = {}
         self._down: set[str] = set()
         self._deaf: list[Fault] = []
         self._untold: list[Fault] = []
@@ -228,7 +246,8 @@ class FaultDriver:
     async def run(self) -> None:
         """Runs the safety phase from now on, heals everything, and returns."""
         plan, started = self._plan, self._sim.now
-        skews = {name: self._sim.hosts[name].clock.skew_ms for name in plan.hosts}
+        touched = dict.fromkeys([*plan.hosts, *(name for fault in plan.faults for name in fault.hosts)])
+        skews = {name: self._sim.hosts[name].clock.skew_ms for name in touched}
         self._network.faults = replace(plan.links)
         for disk in self._disks.values():
             disk.faults = replace(plan.disk)
@@ -267,6 +286,15 @@ class FaultDriver:
                 self._untold.append(fault)
             case FaultKind.WIPE:
                 self._down.discard(host.name)
+            case FaultKind.ISOLATE:
+                name = self._coordinator() or host.name
+                self._isolated[fault] = pairs = self._pairs(replace(fault, hosts=(name,)))
+                self._network.block(pairs)
+            case FaultKind.SWIZZLE:
+                for other in self._sim.hosts:
+                    if other != host.name:
+                        self._network.clog(host.name, other, fault.for_s)
+                        self._network.clog(other, host.name, fault.for_s)
 
     def _end(self, fault: Fault) -> None:
         host = self._sim.hosts[fault.hosts[0]]
@@ -281,11 +309,14 @@ class FaultDriver:
                 host.clock.jump(-fault.amount)
             case FaultKind.DEAF:
                 self._deaf.remove(fault)
-            case FaultKind.CLOG | FaultKind.UNTOLD | FaultKind.WIPE:
+            case FaultKind.ISOLATE:
+                self._network.unblock(self._isolated.pop(fault))
+            case FaultKind.CLOG | FaultKind.SWIZZLE | FaultKind.UNTOLD | FaultKind.WIPE:
                 pass  # what was held up arrives by itself; what was wiped is gone
 
     def _pairs(self, fault: Fault) -> list[tuple[str, str]]:
-        others = [name for name in self._sim.hosts if name not in fault.hosts]
+        among = self._plan.hosts if fault.kind is FaultKind.ISOLATE and not fault.amount else self._sim.hosts
+        others = [name for name in among if name not in fault.hosts]
         pairs = [(a, b) for a in fault.hosts for b in others]
         return pairs if fault.kind is FaultKind.ONE_WAY else pairs + [(b, a) for a, b in pairs]
 

@@ -9,19 +9,20 @@ A seed has a profile, which says what it is mostly about, so that not all faults
     chaos     all of it
     churn     members come and go, one change after the other, while records and news of the changes get lost on the
               way to some; nothing heals replicas but reads
+    consensus all of it in short; contended registers, counters and sets, and in half of the seeds locks
 """
 
 from __future__ import annotations
 
 import enum
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from agi.core.dht.testing.disk import DiskFaults
 from agi.core.dht.testing.faults import Fault, FaultKind, FaultMix, FaultPlan
 from agi.core.dht.testing.network import LinkFaults
-from agi.core.dht.testing.workload import Operation, Workload
+from agi.core.dht.testing.workload import Locking, Operation, Workload
 
 NODES_MIN, NODES_MAX = 3, 7
 SKEW_MS_MAX = 2_000
@@ -47,12 +48,14 @@ _POWER = {FaultKind.CRASH: 2.0}
 _CLOCKS = {FaultKind.CLOCK_JUMP: 2.0, FaultKind.CRASH: 3.0}
 _CHAOS = {**_NETWORK, FaultKind.CRASH: 4.0, FaultKind.PAUSE: 4.0, FaultKind.CLOCK_JUMP: 4.0}
 _CONSENSUS = {
-    FaultKind.PARTITION: 2.0,
-    FaultKind.ONE_WAY: 2.0,
-    FaultKind.CLOG: 2.0,
+    FaultKind.PARTITION: 3.0,
+    FaultKind.ONE_WAY: 3.0,
+    FaultKind.CLOG: 3.0,
     FaultKind.CRASH: 2.0,
     FaultKind.PAUSE: 2.0,
     FaultKind.CLOCK_JUMP: 4.0,
+    FaultKind.ISOLATE: 2.5,
+    FaultKind.SWIZZLE: 6.0,
 }
 _LINKS = LinkFaults(loss_chance=0.05, duplicate_chance=0.05, reorder_chance=0.2, reorder_s=0.05)
 _NO_DISK = DiskFaults()
@@ -79,6 +82,11 @@ _KEYS_HOT = (1, 1, 2, 4)
 """Versions can only meet where a key is written again and again."""
 _BLACKOUT_EVERY_S = {Profile.CONSENSUS: 4.0, Profile.POWER: 1.5, Profile.CLOCKS: 1.5, Profile.CHAOS: 5.0}
 """Mean time between power cuts of the whole cluster."""
+_CALMER = 2.5
+"""By what the mean times between the nodes' faults are longer where there are locks: a holder has to get on for some
+leases."""
+_STOP_EVERY_S, _SET_EVERY_S = 0.8, 1.5
+"""Mean times between two pauses of a host that competes for locks, and between two settings of its clock."""
 
 CHURN_SHARE = 0.25
 CONSENSUS_SHARE = 0.15
@@ -223,10 +231,10 @@ class Scenario:
             {name: rng.randint(-SKEW_MS_MAX, SKEW_MS_MAX) for name in nodes},
             {name: 1.0 + rng.uniform(-DRIFT, DRIFT) for name in nodes},
             start_s,
-            rng.getrandbits(2) == 0,
+            rng.getrandbits(2) == 0 and profile is not Profile.CONSENSUS,
             rng.choice((0.0, 0.2, 1.0)),
-            _workload(rng, profile, seed),
-            _plan(rng, profile, nodes, safety_s),
+            (workload := _workload(rng, profile, seed)),
+            _plan(rng, profile, nodes, safety_s, workload.locking),
             random.Random(f"{seed}/read last").getrandbits(1) == 0,
             joiners,
             changing.choice((0.0, 1.0, 3.0)),
@@ -240,6 +248,7 @@ class Scenario:
             f"{workload.workers} clients, {workload.keys} keys, {self.plan.safety_s:.1f} s of faults"
             f"{' from the start' if self.faults_from_start else ''}"
             f"{f', {len(self.joiners)} of the nodes join' if self.joiners else ''}"
+            f"{', locks' if workload.locking is not None else ''}"
         )
 
 
@@ -380,7 +389,7 @@ def _health(rng: random.Random) -> dict[str, object]:
 
 def _workload(rng: random.Random, profile: Profile, seed: int) -> Workload:
     if profile is Profile.CONSENSUS:
-        return _decisions(rng, rng.randint(2, 3))
+        return _decisions(rng, rng.randint(2, 3), _locking(random.Random(f"{seed}/locking")))
     weights = {
         Operation.GET: 2.0,
         Operation.GET_ENTRY: 6.0,
@@ -408,10 +417,27 @@ def _workload(rng: random.Random, profile: Profile, seed: int) -> Workload:
     )
 
 
-def _decisions(rng: random.Random, clients: int) -> Workload:
-    """Contended registers and counters, with just so much plain work that all parts of the cluster are busy."""
+def _locking(rng: random.Random) -> Locking | None:
+    """In half of the seeds."""
+    if rng.getrandbits(1):
+        return None
+    lease_s = rng.choice((0.3, 0.3, 0.6, 1.2))
+    return Locking(
+        contenders=3,
+        tasks=rng.choice((1, 2)),
+        locks=rng.choice((1, 1, 1, 2)),
+        lease_s=lease_s,
+        wait_s=3 * lease_s,
+        hold_s=lease_s * rng.choice((0.1, 0.3, 0.6)),
+        think_s=rng.choice((0.02, 0.1)),
+        timeout_s=rng.choice((0.3, 1.0)),
+    )
+
+
+def _decisions(rng: random.Random, clients: int, locking: Locking | None) -> Workload:
+    """Contended registers, counters and sets, with just so much plain work that all parts of the cluster are busy."""
     return Workload(
-        clients,
+        clients if locking is None else 1,
         workers=1,
         keys=2,
         weights={Operation.GET_ENTRY: 1.0, Operation.PUT: 1.0},
@@ -424,15 +450,24 @@ def _decisions(rng: random.Random, clients: int) -> Workload:
         counters=1,
         deciders=rng.choice((1, 2)),
         fresh_s=rng.choice((0.0, 0.3, 1.0)),
+        sets=rng.choice((0, 1)),
+        locking=locking,
     )
 
 
-def _plan(rng: random.Random, profile: Profile, nodes: tuple[str, ...], safety_s: float) -> FaultPlan:
+def _plan(
+    rng: random.Random, profile: Profile, nodes: tuple[str, ...], safety_s: float, locking: Locking | None
+) -> FaultPlan:
     mix = replace(_MIXES[profile], down_max=rng.choice((0, 1, (len(nodes) - 1) // 2)))
+    if profile is Profile.CONSENSUS:
+        mix = replace(mix, clock_jump_ms_max=rng.choice((5_000, SET_BACK_MS_MAX)))
+    if locking is not None:
+        mix = replace(mix, every_s={kind: _CALMER * every_s for kind, every_s in mix.every_s.items()})
     plan = FaultPlan.draw(rng, nodes, safety_s=safety_s, mix=mix)
     faults = list(plan.faults)
     every_s = _BLACKOUT_EVERY_S.get(profile)
     if every_s is not None:
+        every_s *= 1.0 if locking is None else _CALMER
         at_s = rng.expovariate(1.0 / every_s)
         while at_s < safety_s:
             faults += _blackout(rng, nodes, at_s, safety_s)
@@ -442,7 +477,27 @@ def _plan(rng: random.Random, profile: Profile, nodes: tuple[str, ...], safety_s
     if profile is Profile.CLOCKS and rng.getrandbits(2):
         at_s, back_ms = rng.uniform(0.2, 1.0), rng.randint(10_000, SET_BACK_MS_MAX)
         faults += [Fault(at_s, safety_s - at_s, FaultKind.CLOCK_JUMP, (name,), -back_ms) for name in nodes]
+    if locking is not None:
+        faults += [fault for name in locking.hosts for fault in _stops(rng, name, locking.lease_s, safety_s)]
     return replace(plan, faults=tuple(sorted(faults, key=lambda fault: fault.at_s)))
+
+
+def _stops(rng: random.Random, name: str, lease_s: float, end_s: float) -> Iterator[Fault]:
+    """Who competes for locks is stopped for longer than a lease. Its clock may have stood still meanwhile, as that of a
+    machine that was moved, and is set right a while later; it jumps at other times too."""
+    at_s = rng.expovariate(1.0 / _STOP_EVERY_S)
+    while at_s < end_s:
+        for_s = min(lease_s * rng.uniform(1.0, 3.0), end_s - at_s)
+        yield Fault(at_s, for_s, FaultKind.PAUSE, (name,))
+        if rng.getrandbits(1):
+            yield Fault(at_s, min(for_s + lease_s, end_s - at_s), FaultKind.CLOCK_JUMP, (name,), -int(for_s * 1000))
+        at_s += for_s + rng.expovariate(1.0 / _STOP_EVERY_S)
+    at_s = rng.expovariate(1.0 / _SET_EVERY_S)
+    while at_s < end_s:
+        for_s = min(lease_s * rng.uniform(0.3, 2.5), end_s - at_s)
+        by_ms = rng.choice((5_000, SET_BACK_MS_MAX))
+        yield Fault(at_s, for_s, FaultKind.CLOCK_JUMP, (name,), rng.randint(-by_ms, by_ms))
+        at_s += for_s + rng.expovariate(1.0 / _SET_EVERY_S)
 
 
 def _blackout(rng: random.Random, nodes: tuple[str, ...], at_s: float, end_s: float) -> list[Fault]:

@@ -21,11 +21,12 @@ from agi.core.dht.testing.cluster import CONVERGE_S, SimCluster
 from agi.core.dht.testing.faults import FaultDriver
 from agi.core.dht.testing.history import History as Decisions
 from agi.core.dht.testing.history import Outcome as Decided
+from agi.core.dht.testing.locking import DRIFT, END_S, SKEW_MS_MAX, Contender, Exclusion
 from agi.core.dht.testing.report import Report, count_faults, guarded
 from agi.core.dht.testing.scenario import Profile, Scenario, Turn, address_of, churns, decides
 from agi.core.dht.testing.simulation import Simulation
-from agi.core.dht.testing.workload import CONNECT_TIMEOUT_S, Client, Recorder, fresh_values, unfinished
-from agi.core.dht.types import Consistency
+from agi.core.dht.testing.workload import CONNECT_TIMEOUT_S, Client, Locking, Recorder, fresh_values, unfinished
+from agi.core.dht.types import Consistency, lock_key
 
 LIMIT_S = 300.0
 FORM_S = 20.0
@@ -62,10 +63,20 @@ class _Trial:
         self.decisions = Decisions(lambda: round(sim.now * 1e9))
         self.cluster = SimCluster(sim, scenario)
         self.driver = FaultDriver(
-            sim, self.cluster.network, self.cluster.disks, self.cluster.boot, scenario.plan, self.cluster.lose
+            sim,
+            self.cluster.network,
+            self.cluster.disks,
+            self.cluster.boot,
+            scenario.plan,
+            self.cluster.lose,
+            lambda: self.cluster.votes.coordinator,
         )
         self.clients = [self._client(f"c{number}") for number in range(1, scenario.workload.clients + 1)]
         self.judge = self._client("judge")
+        self.exclusion = Exclusion(lambda text: report.findings.append(Finding("exclusion", text)))
+        locking = scenario.workload.locking
+        self.contenders = [] if locking is None else [self._contender(name, locking) for name in locking.hosts]
+        self.locksmith = None if locking is None else self._contender("locksmith", locking)
 
     def _client(self, name: str) -> Client:
         host = self.cluster.client_host(name)
@@ -73,7 +84,7 @@ class _Trial:
         return Client(
             host,
             lambda: self.cluster.client(host, rng),
-            [address_of(node) for node in self.scenario.nodes if node not in self.scenario.joiners],
+            self._addresses,
             self.scenario.workload,
             self.recorder,
             self.sim.stream(f"workload/{name}"),
@@ -81,6 +92,30 @@ class _Trial:
             self.decisions,
             self.sim.stream(f"decisions/{name}"),
         )
+
+    def _contender(self, name: str, locking: Locking) -> Contender:
+        drawn = self.sim.stream(f"clock/{name}")
+        skew_ms, rate = drawn.randint(-SKEW_MS_MAX, SKEW_MS_MAX), 1.0 + drawn.uniform(-DRIFT, DRIFT)
+        host = self.cluster.client_host(name, skew_ms=skew_ms, rate=rate)
+        rng = self.sim.stream(f"client/{name}")
+        return Contender(
+            host,
+            lambda: self.cluster.client(host, rng),
+            self._addresses,
+            locking,
+            self.decisions,
+            self.sim.stream(f"locks/{name}"),
+            self.values,
+            self.exclusion,
+        )
+
+    @property
+    def _working(self) -> list[Client | Contender]:
+        return [*self.clients, *self.contenders]
+
+    @property
+    def _addresses(self) -> list[str]:
+        return [address_of(node) for node in self.scenario.nodes if node not in self.scenario.joiners]
 
     async def run(self) -> None:
         findings = self.report.findings
@@ -94,6 +129,9 @@ class _Trial:
                 await self._equal()
             self.judge.host.boot(self._judge)
             await self.judge.host.wait_end()
+            if self.locksmith is not None:
+                self.locksmith.host.boot(partial(self._take_locks, self.locksmith))
+                await self.locksmith.host.wait_end()
             left = await self.cluster.wait_handed_off()
             if left is not None:
                 findings.append(left)
@@ -117,7 +155,7 @@ class _Trial:
         loop = self.sim.loop
         for name, at_s in scenario.start_s.items():
             loop.call_later(at_s, partial(cluster.boot, name))
-        for client in self.clients:
+        for client in self._working:
             client.host.boot(client.main)
         if not scenario.faults_from_start:
             await asyncio.sleep(max(scenario.start_s.values()))
@@ -132,13 +170,14 @@ class _Trial:
         cluster.settling = True
         for name in sorted(cluster.absent):
             cluster.come_back(name)
-        for client in self.clients:
+        for client in self._working:
             client.stop = True
         workload = scenario.workload
         patience_s = CONNECT_TIMEOUT_S + workload.timeout_s * (2 + workload.keys) + 1.0
+        patience_s += 0.0 if workload.locking is None else END_S
         try:
             async with asyncio.timeout(patience_s):
-                for client in self.clients:
+                for client in self._working:
                     await client.host.wait_end()
         except TimeoutError:
             self.report.findings.append(Finding("deadline", f"clients still ran {patience_s:.1f} s after the healing"))
@@ -170,13 +209,27 @@ class _Trial:
         else:
             live = {call.key: call.value for call in last if call is not None and call.value is not None}
             self.report.findings += check_scan(found, live)
+        locks = {lock_key(name).decode() for name in self._lock_names}
         for key in self._decided_keys():
+            if key in locks:
+                continue
             for _ in range(READ_ATTEMPTS_MAX):
                 if await self.judge.decisions.read(client, key, Consistency.LINEARIZABLE, READ_TIMEOUT_S):
                     break
             else:
                 self.report.findings.append(Finding("healed", f"{key} cannot be read"))
         await client.close()
+
+    async def _take_locks(self, locksmith: Contender) -> None:
+        """Each lock can be had, whatever became of its holders."""
+        left = await locksmith.locks_left()
+        if left:
+            self.report.findings.append(Finding("healed", f"nobody can have {', '.join(left)}"))
+
+    @property
+    def _lock_names(self) -> list[str]:
+        locking = self.scenario.workload.locking
+        return [] if locking is None else locking.names
 
     def _decided_keys(self) -> list[str]:
         return list(dict.fromkeys(operation.key for operation in self.decisions.operations))
@@ -215,6 +268,9 @@ class _Trial:
         report.counts["of these decided"] = decided[Decided.OK]
         report.counts["rounds of consensus"] = sum(each.rounds for each in metrics)
         report.counts["preempted"] = sum(each.rounds_preempted for each in metrics)
+        report.counts["votes watched"] = self.cluster.votes.checked
+        report.counts["locks taken"] = self.exclusion.entered
+        report.counts["locks lost"] = self.exclusion.lost
         report.counts["unknown"] = calls[Outcome.UNKNOWN]
         report.counts["failed"] = calls[Outcome.FAILED]
         count_faults(report, self.cluster, self.driver)

@@ -2,7 +2,8 @@
 
 Who says on the wire that it has promised a round durably holds that promise, or an accepted record, or another promise,
 of no lesser ballot; who says that it has accepted a record holds that one or a later one. A vote that was seen to be
-durable once may go: a node gives up what it holds of arcs that are not its own any more.
+durable once may go: a node gives up what it holds of arcs that are not its own any more. And what is to be accepted in
+a round is asked for under the epoch that the round was promised under (R6).
 
 A reply is matched with its request by both ends and the id, which a coordinator that was started anew uses again. So
 it is found only if it is wrong as an answer to each request that it may belong to.
@@ -26,31 +27,38 @@ class Votes:
     """
     Args:
         disks: by the name of their node, as they are now.
-        find: told what each violation is.
+        find: told the check and what violates it.
 
     Attributes:
         coordinator: who asked for acceptances last; empty before the first time.
         checked: replies that were looked at.
     """
 
-    def __init__(self, disks: Mapping[str, SimDisk], find: Callable[[str], None]) -> None:
+    def __init__(self, disks: Mapping[str, SimDisk], find: Callable[[str, str], None]) -> None:
         self.coordinator = ""
         self.checked = 0
         self._disks = disks
         self._find = find
         self._prepares: _Asked = defaultdict(list)
         self._accepts: _Asked = defaultdict(list)
+        self._epochs: dict[tuple[bytes, bytes], int] = {}
         self._promised: dict[tuple[SimDisk, bytes], bytes] = {}
         self._accepted: dict[tuple[SimDisk, bytes], bytes] = {}
 
     def prepare(self, src: str, dst: str, request: RegisterPrepare) -> None:
         self._prepares[src, dst, request.id].append((request.keys, request.ballots))
+        for key, ballot in zip(request.keys, request.ballots, strict=True):
+            self._epochs.setdefault((key, ballot), request.epoch)
 
     def accept(self, src: str, dst: str, request: RegisterAccept) -> None:
         self.coordinator = src
-        self._accepts[src, dst, request.id].append(
-            (request.keys, [record[:BALLOT_BYTES] for record in request.records])
-        )
+        ballots = [record[:BALLOT_BYTES] for record in request.records]
+        self._accepts[src, dst, request.id].append((request.keys, ballots))
+        for key, ballot in zip(request.keys, ballots, strict=True):
+            epoch = self._epochs.get((key, round_of(ballot)), request.epoch)
+            if epoch != request.epoch:
+                text = f"{src} began {ballot.hex()} on {key.decode(errors='replace')} under epoch {epoch}"
+                self._find("one round", f"{text} and goes on under {request.epoch}")
 
     def promises(self, src: str, dst: str, reply: RegisterPromises) -> None:
         if reply.error is None:
@@ -81,7 +89,7 @@ class Votes:
             else:
                 return
         if lacking:
-            self._find(f"{src} told of its {lacking} before it was on its disk")
+            self._find("durable", f"{src} told of its {lacking} before it was on its disk")
 
     def _holds_promise(self, disk: SimDisk, key: bytes, ballot: bytes) -> bool:
         record = disk.durable(key)

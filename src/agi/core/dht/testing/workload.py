@@ -46,6 +46,43 @@ class Operation(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Locking:
+    """How clients compete for locks.
+
+    Attributes:
+        contenders, tasks: hosts, and tasks of each that compete.
+        locks: how many there are; each protects one key.
+        lease_s: of every acquisition.
+        wait_s: how long a lock is waited for, at most.
+        hold_s: mean time that a holder takes before each of its writes.
+        think_s: mean time between two acquisitions of a task.
+        timeout_s: deadline of reads and writes.
+    """
+
+    contenders: int
+    tasks: int
+    locks: int
+    lease_s: float
+    wait_s: float
+    hold_s: float
+    think_s: float
+    timeout_s: float
+
+    @property
+    def hosts(self) -> list[str]:
+        return [f"l{number}" for number in range(1, self.contenders + 1)]
+
+    @property
+    def names(self) -> list[str]:
+        return [f"lock:{number}" for number in range(self.locks)]
+
+    @staticmethod
+    def resource_of(name: str) -> str:
+        """The key that a lock protects."""
+        return f"under {name}"
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
     """What the clients of a cluster do.
 
@@ -58,9 +95,10 @@ class Workload:
         batch_max: keys of a batch, at most.
         page_size: of scans.
         all_share: share of reads and writes at consistency ALL.
-        registers, counters: keys under consensus.
+        registers, counters, sets: keys under consensus.
         deciders: workers of each client for those.
         fresh_s: how long registers are used before new ones take their place; 0 for ever.
+        locking: what further clients do, if there are any.
     """
 
     clients: int
@@ -76,6 +114,8 @@ class Workload:
     counters: int = 0
     deciders: int = 1
     fresh_s: float = 0.0
+    sets: int = 0
+    locking: Locking | None = None
 
     @property
     def names(self) -> list[str]:
@@ -89,6 +129,15 @@ class Workload:
     @property
     def counter_names(self) -> list[str]:
         return [f"counter:{number}" for number in range(self.counters)]
+
+    @property
+    def set_names(self) -> list[str]:
+        return [f"set:{number}" for number in range(self.sets)]
+
+    @property
+    def decides(self) -> bool:
+        """Whether there are keys under consensus for every client."""
+        return bool(self.registers or self.counters or self.sets)
 
 
 class Recorder:
@@ -129,6 +178,23 @@ def _may_be_written(error: DHTError) -> bool:
     return not isinstance(error, Unavailable | InvalidRequest | ClockSkew)
 
 
+async def connected(
+    make: Callable[[], DHTClient], addresses: Sequence[str], stopped: Callable[[], bool]
+) -> DHTClient | None:
+    """A connected client, as soon as a cluster answers; None if `stopped` before."""
+    while not stopped():
+        client = make()
+        try:
+            await client.connect(addresses, timeout=CONNECT_TIMEOUT_S)
+        except DHTError as error:
+            if not error.retryable:
+                raise
+            await asyncio.sleep(0.1)
+        else:
+            return client
+    return None
+
+
 class Client:
     """One client host. `main` is its program; it ends after `stop` was set and every call has returned.
 
@@ -165,6 +231,7 @@ class Client:
             value_of,
             workload.fresh_s,
             lambda: asyncio.get_running_loop().time(),
+            workload.set_names,
         )
 
     async def main(self) -> None:
@@ -174,24 +241,14 @@ class Client:
         async with asyncio.TaskGroup() as group:
             for _ in range(self._workload.workers):
                 group.create_task(self._work(client))
-            if self._workload.registers or self._workload.counters:
+            if self._workload.decides:
                 for _ in range(self._workload.deciders):
                     group.create_task(self._decide(client))
         await client.close()
 
     async def connected(self) -> DHTClient | None:
         """A connected client, as soon as a cluster answers; None if told to stop before."""
-        while not self.stop:
-            client = self._make()
-            try:
-                await client.connect(self._addresses, timeout=CONNECT_TIMEOUT_S)
-            except DHTError as error:
-                if not error.retryable:
-                    raise
-                await asyncio.sleep(0.1)
-            else:
-                return client
-        return None
+        return await connected(self._make, self._addresses, lambda: self.stop)
 
     async def _work(self, client: DHTClient) -> None:
         rng, workload = self._rng, self._workload

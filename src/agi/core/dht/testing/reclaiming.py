@@ -1,0 +1,60 @@
+"""Watches from outside that nothing is reclaimed before all replicas have what deletes it (PROTOCOLS G1), and that
+who gains an arc has nothing old of it (T10)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from agi.core.dht.joint import JointRing, JointSet
+from agi.core.dht.protocol.floors import is_dead
+from agi.core.dht.protocol.messages import ReclaimStep
+from agi.core.dht.protocol.record import hlc_of
+from agi.core.dht.reclaim import RECLAIM
+from agi.core.dht.ring import Ring
+from agi.core.dht.testing.disk import SimDisk
+from agi.core.dht.topology import Topology
+
+
+def unlevelled(
+    leader: str, step: ReclaimStep, ring: Ring, disks: Mapping[str, SimDisk], keys: Sequence[bytes]
+) -> list[str]:
+    """What speaks against a leader's word to reclaim, a line for a key: of the versions up to that of the round each
+    replica durably holds the newest, or a newer record (a register is); or nothing, where the newest is dead and may
+    have gone before."""
+    if step.step != RECLAIM:
+        return []
+    wrong = []
+    for key in keys:
+        replicas = ring.replicas(key)
+        if min(replicas) != leader or any(name in step.absent for name in replicas):
+            continue
+        held = {name: disks[name].durable(key) for name in replicas}
+        old = [record for record in held.values() if record is not None and hlc_of(record) <= step.version]
+        newest = max(old, key=hlc_of, default=None)
+        if newest is None:
+            continue
+        lacking = [
+            name
+            for name, record in held.items()
+            if (not is_dead(newest, step.version) if record is None else hlc_of(record) < hlc_of(newest))
+        ]
+        if lacking:
+            wrong.append(
+                f"{leader} has version {step.version} of {key.decode()} reclaimed while {', '.join(lacking)} "
+                f"lacks {hlc_of(newest)}"
+            )
+    return wrong
+
+
+def leftover(name: str, topology: Topology, disk: SimDisk, keys: Sequence[str]) -> list[str]:
+    """What a node durably holds of arcs that a topology gives it, when it has just stored that topology."""
+    ring = topology.ring()
+    if not isinstance(ring, JointRing):
+        return []
+    held = [key for key in keys if disk.durable(key.encode()) is not None]
+    replicas = {key: ring.replicas(key.encode()) for key in held}
+    return [
+        key
+        for key, sets in replicas.items()
+        if isinstance(sets, JointSet) and name in sets.new and name not in sets.old
+    ]
