@@ -93,11 +93,17 @@ def _run_many(seeds: Sequence[int], jobs: int, profile: Profile | None, turn: Tu
     _say(f"\n{len(seeds)} seeds in {elapsed_s:.1f} s: {len(seeds) / elapsed_s:.1f} a second, {jobs} processes")
     _say("in all: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     for report in failed:
-        _say(f"FAILED: {report.findings[0].check}; replay it with `make sim SEED={report.replay}`")
+        _say(f"FAILED: {report.findings[0].check}; replay it with {_replay(report, profile, turn)}")
     lacking = missing(counts) if profile is None else []
     if lacking:
         _say(f"FAILED: nothing was tested, for these never happened: {', '.join(lacking)}")
     return 1 if failed or lacking else 0
+
+
+def _replay(report: Report, profile: Profile | None, turn: Turn | None) -> str:
+    if profile is None:
+        return f"`make sim SEED={report.replay}`"
+    return f"--profile {profile}{'' if turn is None else f' --turn {turn}'} --seed {report.replay}"
 
 
 def _say(text: str) -> None:
