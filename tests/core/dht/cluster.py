@@ -369,10 +369,12 @@ class Cluster:
         assert topology is not None
         return [self.names.index(name) for name in topology.ring().preference(key.encode(), topology.replica_count)]
 
-    def plant(self, i: int, key: str, value: bytes, *, at_ms: int, flags: int = 0, expires_ms: int = 0) -> bytes:
-        """Puts a record into one node's store behind its back; returns it."""
+    def plant(
+        self, i: int, key: str, value: bytes, *, at_ms: int, flags: int = 0, expires_ms: int = 0, writer: int = 0
+    ) -> bytes:
+        """Puts a record into one node's store behind its back; returns it. Of that `writer`, the node itself for 0."""
         raw = key.encode()
-        record = pack(raw, value, from_ms(at_ms), writer_id(self.names[i], 1), at_ms, expires_ms, flags)
+        record = pack(raw, value, from_ms(at_ms), writer or writer_id(self.names[i], 1), at_ms, expires_ms, flags)
         store = self.stores[i]
         store.write(Batch({raw: record}, [raw] if store.read([raw])[0] is None else []))
         return record

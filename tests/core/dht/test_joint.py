@@ -281,7 +281,12 @@ async def test_sets_with_the_same_names_in_different_roles_are_kept_apart() -> N
     parts = requests.parts(operation, None, keys)
     roles: dict[tuple[str, ...], set[object]] = {}
     for _, part_keys, replicas in parts:
-        assert {id(ring.replicas(key)) for key in part_keys} == {id(replicas)}
+        for key in part_keys:
+            found = ring.replicas(key)
+            assert isinstance(found, JointSet) == isinstance(replicas, JointSet) and set(found) == set(replicas)
+            if isinstance(found, JointSet) and isinstance(replicas, JointSet):
+                assert (set(found.old), set(found.new)) == (set(replicas.old), set(replicas.new))
+                assert found.sources == replicas.sources
         roles.setdefault(tuple(replicas), set()).add(
             frozenset(replicas.new) if isinstance(replicas, JointSet) else None
         )

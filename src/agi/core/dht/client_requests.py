@@ -28,11 +28,15 @@ from agi.core.dht.protocol.messages import (
 from agi.core.dht.reads import TRUNCATED
 from agi.core.dht.sessions import Session, cut
 from agi.core.dht.transport.base import Link
+from agi.core.dht.types import FRAME_BYTES_MAX
 
 if TYPE_CHECKING:
     from agi.core.dht.node import Node
 
 _log = structlog.get_logger("agi.core.dht.node")
+
+REPLY_BYTES_MAX = FRAME_BYTES_MAX * 3 // 4
+"""Of the records in an answer: with what else is in it they fit a frame."""
 
 
 class ClientRequests:
@@ -59,7 +63,7 @@ class ClientRequests:
             session.send(link, reply)
         except FrameTooLarge:
             assert isinstance(reply, GetReply)
-            kept = cut(reply.records)
+            kept = cut(reply.records, REPLY_BYTES_MAX)
             rest: list[KeyError_] = [(i, TRUNCATED.to_wire()) for i in range(len(kept), len(reply.records))]
             kept += [None] * len(rest)
             session.send(link, GetReply(reply.id, kept, (reply.errors or []) + rest, reply.error))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from agi.core.dht.acceptor import Acceptor
 from agi.core.dht.clock import Clock
+from agi.core.dht.fanout import ReadFanout, WriteFanout
 from agi.core.dht.joint import JointRing
 from agi.core.dht.observability.metrics import Metrics
 from agi.core.dht.peers import Peer, Peers
@@ -121,12 +122,12 @@ class Coordinator:
 
     def replica_read_reply(self, peer: Peer, reply: ReplicaReadReply) -> None:
         group = self._requests.pending.get(reply.id)
-        if isinstance(group, ReadGroup):
+        if isinstance(group, (ReadGroup, ReadFanout)):
             self._reads.reply(group, peer, reply)
 
     def replica_write_reply(self, peer: Peer, reply: ReplicaWriteReply) -> None:
         group = self._requests.pending.get(reply.id)
-        if isinstance(group, WriteGroup):
+        if isinstance(group, (WriteGroup, WriteFanout)):
             self._writes.reply(group, peer, reply)
         elif isinstance(group, ReadGroup):
             group.repaired(peer.node_id, reply.superseded, reply.error)

@@ -16,6 +16,7 @@ from agi.core.dht.errors import (
     Unavailable,
     from_wire,
 )
+from agi.core.dht.fanout import ReadFanout
 from agi.core.dht.joint import JointSet
 from agi.core.dht.peers import Peer
 from agi.core.dht.protocol.consensus import LOOK, LOOK_NAME, as_plain, is_settled
@@ -61,9 +62,9 @@ class Reads:
         """Reads a batch; `reply` gets one GetReply by the deadline."""
         requests = self._requests
         try:
-            requests.needed(request.consistency)
+            needed = requests.needed(request.consistency)
             started = requests.clock.monotonic()
-            cost = requests.admit(started, request.keys)
+            cost = requests.admit(started, request.keys, read_from=needed)
         except DHTError as error:
             reply(GetReply(request.id, [], None, refusal(error).to_wire()))
             return
@@ -75,14 +76,24 @@ class Reads:
         requests, consistency = self._requests, operation.request.consistency
         needed = requests.needed(consistency)
         repair_to = 0 if consistency == Consistency.ONE else needed
-        for part, part_keys, replicas in requests.parts(operation, places, keys):
+        parts = requests.parts(operation, places, keys)
+        fanout = None
+        if len(parts) > 1 and not again:
+            fanout = ReadFanout(requests, operation)
+            requests.turn += 1  # once for all groups: their number may always be even
+        for part, part_keys, replicas in parts:
             kind = JointReadGroup if type(replicas) is JointSet else ReadGroup
             group = kind(self, requests, operation, part, part_keys, replicas, needed, repair_to)
             group.again = again
-            group.start()
+            group.start(fanout)
+        if fanout is not None:
+            fanout.send()
 
-    def reply(self, group: ReadGroup, peer: Peer, reply: ReplicaReadReply) -> None:
-        """A peer answered a read of that group."""
+    def reply(self, group: ReadGroup | ReadFanout, peer: Peer, reply: ReplicaReadReply) -> None:
+        """A peer answered a read of that group, or of several."""
+        if isinstance(group, ReadFanout):
+            group.reply(peer, reply)
+            return
         if not (group.hedged or group.again):  # else the time since its start says nothing of the link
             peer.latency.add(self._requests.clock.monotonic() - group.operation.started)
         group.result(peer.node_id, reply.records, reply.error)
@@ -159,7 +170,8 @@ class ReadGroup(ReadQuorum):
         self.again = False
         self.id = 0
 
-    def start(self) -> None:
+    def start(self, fanout: ReadFanout | None = None) -> None:
+        """Asks as many replicas as it needs; with a `fanout`, once that is sent, and those that it asks already."""
         requests = self.requests
         me, usable, replicas = requests.me, requests.peers.usable, self.replica_set
         reachable = [usable[name] for name in replicas if name in usable]
@@ -170,9 +182,14 @@ class ReadGroup(ReadQuorum):
                 Unavailable("too few replicas are reachable", needed=self.needed, answered=len(reachable) + local)
             )
             return
-        requests.turn += 1
-        if len(reachable) > 1 and requests.turn & 1:
-            reachable.reverse()
+        if fanout is None:
+            requests.turn += 1
+        if len(reachable) > 1:
+            first = requests.turn % len(reachable)
+            if first:
+                reachable = reachable[first:] + reachable[:first]
+            if fanout is not None:
+                reachable.sort(key=lambda peer: peer.node_id not in fanout.peers)
         if requests.peers.suspects:
             reachable.sort(key=lambda peer: peer.node_id in requests.peers.suspects)
         self.id = requests.enter(self, self.operation)
@@ -181,11 +198,19 @@ class ReadGroup(ReadQuorum):
             self.waiting[me] = None
         if ask:
             for peer in reachable[:ask]:
-                self._ask(peer)
+                if fanout is None:
+                    self._ask(peer)
+                else:
+                    self.asked[peer.node_id] = self.waiting[peer.node_id] = None
+                    fanout.ask(peer, self)
             if len(reachable) > ask:
                 self.reads.watch(self, reachable[0])
-        if me in self.waiting:
-            requests.replica.read(self.keys, partial(self.result, me))
+        if me not in self.waiting:
+            return
+        if fanout is None:
+            requests.replica.read_batch(self.keys, partial(self.result, me))
+        else:
+            fanout.look(self)
 
     def _unreachable(self, error: Unavailable) -> None:
         self.waiting.clear()
@@ -223,6 +248,9 @@ class ReadGroup(ReadQuorum):
         del self.waiting[replica]
         if len(records) != len(self.keys):
             records = self._cut_short(records)
+            if not self.keys:  # the reply was full before it came to this group
+                self._done([])
+                return
         self.add_reply(replica, records)
         self._step()
 
@@ -360,6 +388,8 @@ class ReadGroup(ReadQuorum):
         operation.left -= 1
         if operation.left:
             return
+        if operation.fanout:
+            requests.pending.pop(operation.fanout, None)
         records = operation.results
         now_ms = 0
         looks = list(operation.contested or ())
@@ -413,6 +443,7 @@ class ReadGroup(ReadQuorum):
     def _finish(self) -> None:
         operation, metrics = self.operation, self.requests.metrics
         metrics.gets += len(operation.results)
+        self.requests.sizes.learn(operation.results)
         answer = GetReply(operation.request.id, operation.results, operation.errors)
         self.requests.finish(operation, metrics.get_latency.observe, answer)
 
@@ -443,7 +474,8 @@ class JointReadGroup(JointReadQuorum, ReadGroup):
         old, new = replicas.old, replicas.new
         self._share(old, new, level.needed(len(old)), 0 if level is Consistency.ONE else level.needed(len(new)))
 
-    def start(self) -> None:
+    def start(self, fanout: ReadFanout | None = None) -> None:
+        """Asks by itself."""
         requests = self.requests
         me, usable, suspects = requests.me, requests.peers.usable, requests.peers.suspects
         old, new = (half.names for half in self._halves)
@@ -474,7 +506,7 @@ class JointReadGroup(JointReadQuorum, ReadGroup):
             return
         if name == requests.me:
             self.asked[name] = self.waiting[name] = None
-            requests.replica.read(self.keys, partial(self.result, name))
+            requests.replica.read_batch(self.keys, partial(self.result, name))
         elif name in requests.peers.usable:
             self._ask(requests.peers.usable[name])
 

@@ -28,8 +28,10 @@ from agi.core.dht.protocol.floors import Floors
 from agi.core.dht.protocol.messages import FRESH, REPAIR, WireError
 from agi.core.dht.protocol.record import EXPIRES, FLAGS, HEADER, REGISTERED, expires_ms_of, hlc_of, is_live, shrink
 from agi.core.dht.protocol.versioning import HLC, physical_ms
+from agi.core.dht.sessions import cut
 from agi.core.dht.storage.base import Batch, Page, StorageBackend
 from agi.core.dht.tasks import end
+from agi.core.dht.types import BATCH_BYTES_MAX
 
 _log = structlog.get_logger("agi.core.dht.replica")
 
@@ -37,6 +39,8 @@ REMOTE_QUEUE_MAX = 4096
 """Batches that may wait for a store in another process."""
 REMOTE_READS_MAX = 256
 """Read batches under way at a store in another process."""
+REMOTE_READ_KEYS = 64
+"""Of a batch that are read at first, then four times as many each time: less often than the reply is full."""
 STORE_TIMEOUT_S = 10.0
 SWEEP, PURGE, FILL, DECIDE = -1, -2, -3, -4
 """Modes of writes beside those of messages: expired records shrink; records of these headers go; what a change of the
@@ -110,22 +114,34 @@ class Replica:
 
     # --- reads
 
-    def read(self, keys: list[bytes], done: ReadDone, *, mark: bool = True) -> None:
+    def read_batch(self, keys: list[bytes], done: ReadDone) -> None:
+        """As `read`, and no further than a reply has room for: the first records, at least one. Who asked asks again
+        for the rest."""
+
+        def cut_short(records: list[bytes | None], error: WireError | None) -> None:
+            done(cut(records), error)
+
+        self.read(keys, done if len(keys) == 1 else cut_short, bytes_max=BATCH_BYTES_MAX)
+
+    def read(self, keys: list[bytes], done: ReadDone, *, mark: bool = True, bytes_max: int | None = None) -> None:
         """The record of each key, expired ones shrunk. `done` comes at once unless a key is unsynced (D2). Registers
-        that this node has promised more for are marked, unless they are to be stored elsewhere."""
+        that this node has promised more for are marked, unless they are to be stored elsewhere. `bytes_max`: past so
+        many the store need not read on."""
         self._metrics.replica_reads += len(keys)
         store = self.store
         if not store.local:
-            self._read_remote(keys, done, mark)
+            self._read_remote(keys, done, mark, bytes_max)
             return
         commit = self._commit
         try:
             if commit is not None and commit.error is not None:
                 raise commit.error  # what a failed sync left behind is not shown (D2)
-            records = store.read(keys)
+            records = store.read(keys) if bytes_max is None else store.read_within(keys, bytes_max)
         except DHTError as error:
             done([], error.to_wire())
             return
+        if len(records) < len(keys):
+            keys = keys[: len(records)]
         if commit is None or commit.idle:
             done(self._normal(keys, records, mark), None)
             return
@@ -544,16 +560,22 @@ class Replica:
             _log.critical("replica_task_failed", error=repr(error))
             self.on_store_failed(StorageError(f"the store's worker ended: {error!r}"))
 
-    def _read_remote(self, keys: list[bytes], done: ReadDone, mark: bool) -> None:
+    def _read_remote(self, keys: list[bytes], done: ReadDone, mark: bool, bytes_max: int | None) -> None:
         if len(self._tasks) > REMOTE_READS_MAX:
             done([], Overloaded(f"{len(self._tasks)} reads wait for the store already").to_wire())
             return
-        self._spawn(self._read_remote_task(keys, done, mark))
+        self._spawn(self._read_remote_task(keys, done, mark, bytes_max))
 
-    async def _read_remote_task(self, keys: list[bytes], done: ReadDone, mark: bool) -> None:
+    async def _read_remote_task(self, keys: list[bytes], done: ReadDone, mark: bool, bytes_max: int | None) -> None:
+        step = len(keys) if bytes_max is None else REMOTE_READ_KEYS
+        records: list[bytes | None] = []
         try:
             async with asyncio.timeout(STORE_TIMEOUT_S):
-                records = await self.store.get_many(keys)
+                while len(records) < len(keys):
+                    records += await self.store.get_many(keys[len(records) : len(records) + step])
+                    if bytes_max is not None and sum(map(len, filter(None, records))) > bytes_max:
+                        break
+                    step *= 4
         except DHTError as error:
             done([], error.to_wire())
         except TimeoutError:

@@ -11,7 +11,6 @@ import structlog
 
 from agi.core.dht.acceptor import is_whole
 from agi.core.dht.errors import (
-    FrameTooLarge,
     HelloRefused,
     NotReady,
     Overloaded,
@@ -37,7 +36,7 @@ from agi.core.dht.protocol.messages import (
     ReplicaWriteReply,
     WireError,
 )
-from agi.core.dht.sessions import Session, cut
+from agi.core.dht.sessions import Session
 from agi.core.dht.storage.base import Page
 from agi.core.dht.transport.base import Link
 from agi.core.dht.types import BATCH_BYTES_MAX, SCAN_LIMIT_MAX
@@ -120,7 +119,7 @@ class ReplicaRequests:
         if stale is not None:
             link.send(ReplicaReadReply(request.id, [], stale))
         else:
-            self._replica.read(request.keys, partial(self._answer_read, session, link, request))
+            self._replica.read_batch(request.keys, partial(self._answer_read, session, link, request))
 
     def _answer_read(
         self, session: Session, link: Link, request: ReplicaRead, records: list[bytes | None], error: WireError | None
@@ -129,8 +128,6 @@ class ReplicaRequests:
             self._failed(request, error)
         try:
             session.send(link, ReplicaReadReply(request.id, records, error))
-        except FrameTooLarge:
-            session.send(link, ReplicaReadReply(request.id, cut(records), error))
         except (TransportError, Overloaded) as failure:
             _log.info("reply_undeliverable", peer=session.name, error=str(failure))
 

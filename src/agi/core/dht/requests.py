@@ -1,7 +1,8 @@
 """What the reads and writes under way at one coordinator share: admission, grouping, ids, deadlines, the answer.
 
 A client batch is an `Operation`. It is split by replica set into groups (reads.py, writes.py); each has one id on the
-links and one entry in the timer wheel, however many keys it holds. The answer leaves when no group is left.
+links and one entry in the timer wheel, however many keys it holds; what several groups ask of one peer is one message
+(fanout.py). The answer leaves when no group is left.
 
 Where the replica sets change meanwhile, the groups that wait start again under the new ones, within their deadline
 (PROTOCOLS T3): nothing that was answered under the old ones counts.
@@ -9,7 +10,7 @@ Where the replica sets change meanwhile, the groups that wait start again under 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Protocol, TypeAlias
 
 import structlog
@@ -24,23 +25,24 @@ from agi.core.dht.errors import (
     StaleEpoch,
     TransportError,
 )
-from agi.core.dht.joint import JointRing
+from agi.core.dht.joint import JointRing, JointSet
 from agi.core.dht.observability.logs import Throttle
 from agi.core.dht.observability.metrics import Metrics
 from agi.core.dht.peers import Peers
 from agi.core.dht.protocol.admission import Admission
 from agi.core.dht.protocol.messages import Delete, Get, KeyError_, Message, Op, OpResult, Put, WireError
+from agi.core.dht.protocol.sizes import RecordSizes
 from agi.core.dht.protocol.timers import TimerWheel
 from agi.core.dht.replica import Replica
 from agi.core.dht.ring import Ring
 from agi.core.dht.topology import Topology
-from agi.core.dht.types import KEY_BYTES_MAX, Consistency
+from agi.core.dht.types import BATCH_BYTES_MAX, KEY_BYTES_MAX, Consistency
 
 _log = structlog.get_logger("agi.core.dht.coordinator")
 
 TIMEOUT_MS_MAX = 600_000
 KEY_COST_BYTES = 256
-"""What a key under way is counted for beyond its value."""
+"""What a key under way is counted for beyond its value, or the values that are to be read."""
 KEYS_LEAST = 4096
 """Keys that may be under way however slow they are."""
 
@@ -53,10 +55,12 @@ Decide: TypeAlias = Callable[[Op, float, Callable[[OpResult], None]], None]
 
 
 class Operation:
-    """One client batch. `results` are by place; a failed place is named in `errors`."""
+    """One client batch. `results` are by place; a failed place is named in `errors`. `fanout`: the id of what several
+    of its groups read together (fanout.py), 0 for none."""
 
     errors: list[KeyError_] | None = None
     contested: set[int] | None = None
+    fanout = 0
     attempts = 0
     left = 1
 
@@ -82,7 +86,9 @@ class Operation:
 class Group(Protocol):
     """A part of an operation that waits for replicas."""
 
-    waiting: dict[str, None]
+    @property
+    def waiting(self) -> Container[str]:
+        """Replicas that have still to answer."""
 
     def lost(self, replica: str, error: DHTError) -> None:
         """The link to a replica broke."""
@@ -100,7 +106,8 @@ class Requests:
     Args:
         hint: told what a replica missed.
         first_id: ids start above it; another at each start of the node, so that no late reply meets a stranger.
-        pending_bytes_max: keys and values of unfinished requests; past it requests fail with Overloaded.
+        pending_bytes_max: keys and values of unfinished requests, and what reads will bring; past it requests fail with
+            Overloaded.
         queue_s: how long requests may wait where more come than this node can carry out; past it they fail with
             Overloaded (protocol/admission.py).
         slow_s: operations that took at least this long are logged; 0 for none.
@@ -139,6 +146,7 @@ class Requests:
         self._on_stale = on_stale
         self._ids = first_id
         self._bytes = 0
+        self.sizes = RecordSizes()
         self._bytes_max = pending_bytes_max
         self._admission = Admission(queue_s, KEYS_LEAST)
         self._wheel: TimerWheel[int] = TimerWheel(clock.monotonic())
@@ -156,6 +164,7 @@ class Requests:
         self._ring = ring
         self._all = tuple(member.node_id for member in topology.members)
         self._everywhere = not topology.in_transition and topology.replica_count == len(topology.members)
+        self._sets: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._needed = {level: level.needed(topology.replica_count) for level in Consistency}
         if changed:
             pending, self.pending = self.pending, {}
@@ -188,14 +197,19 @@ class Requests:
             raise InvalidConsistency(f"unknown consistency {consistency}")
         return int(needed)
 
-    def admit(self, now: float, keys: Sequence[bytes], values: Sequence[bytes] = ()) -> int:
-        """The bytes that the batch counts for. Raises InvalidRequest for what no client of ours sends, Overloaded past
-        the bounds."""
+    def admit(self, now: float, keys: Sequence[bytes], values: Sequence[bytes] = (), read_from: int = 0) -> int:
+        """The bytes that the batch counts for, with what so many replicas of each key are expected to bring. Raises
+        InvalidRequest for what no client of ours sends, Overloaded past the bounds."""
         if not keys:
             raise InvalidRequest("a batch without keys")
         if max(map(len, keys)) > KEY_BYTES_MAX or not all(keys):
             raise InvalidKey(f"a key has 1 to {KEY_BYTES_MAX} bytes")
         cost = KEY_COST_BYTES * len(keys) + sum(map(len, values))
+        if read_from:
+            replies = read_from if self._everywhere else len(self._all)
+            expected = int(self.sizes.mean_bytes * len(keys) * read_from)
+            # no reply brings more than a batch; what would never fit is read when nothing else is under way
+            cost = min(cost + min(expected, replies * BATCH_BYTES_MAX), self._bytes_max)
         refused = ""
         if self._bytes + cost > self._bytes_max:
             refused = f"requests of {self._bytes} bytes are under way at {self.me} already"
@@ -211,13 +225,15 @@ class Requests:
 
     def parts(self, operation: Operation, places: list[int] | None, keys: list[bytes]) -> list[Part]:
         """These keys of an operation split by replica set; `places` is where they are in its batch (None: all of it).
-        The operation then waits for each of the parts."""
+        The operation then waits for each of the parts. In which order the ring names a key's replicas says nothing to a
+        quorum, so that keys with the same replicas are one part."""
         if self._everywhere:
             return [(places, keys, self._all)]
-        replicas_of = self._ring.replicas
+        replicas_of, sets = self._ring.replicas, self._sets
         split: dict[tuple[str, ...], list[int]] = {}
         for index, key in enumerate(keys):
-            split.setdefault(replicas_of(key), []).append(index)
+            replicas = replicas_of(key)
+            split.setdefault(sets.get(replicas) or self._sorted(replicas), []).append(index)
         if len(split) == 1:
             return [(places, keys, next(iter(split)))]
         operation.left += len(split) - 1
@@ -225,6 +241,16 @@ class Requests:
             operation.results = [None] * len(keys)
             return [(found, [keys[i] for i in found], replicas) for replicas, found in split.items()]
         return [([places[i] for i in found], [keys[i] for i in found], replicas) for replicas, found in split.items()]
+
+    def _sorted(self, replicas: tuple[str, ...]) -> tuple[str, ...]:
+        """One and the same for every order of these replicas."""
+        if type(replicas) is JointSet:
+            old, new = tuple(sorted(replicas.old)), tuple(sorted(replicas.new))
+            found: tuple[str, ...] = JointSet.of(old, new, replicas.sources)
+        else:
+            found = tuple(sorted(replicas))
+        self._sets[replicas] = found
+        return found
 
     def enter(self, group: Group, operation: Operation) -> int:
         """The group's id; it ends at the operation's deadline at the latest."""

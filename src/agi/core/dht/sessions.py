@@ -56,11 +56,17 @@ def say_goodbye(sessions: Iterable[Session]) -> None:
                     link.send(Goodbye())
 
 
-def cut(records: list[bytes | None]) -> list[bytes | None]:
-    """The first records that fit a frame, at least one: who asked asks again for the rest."""
+def cut(records: list[bytes | None], bytes_max: int = BATCH_BYTES_MAX) -> list[bytes | None]:
+    """The first records that are together no longer than that, at least one: who asked asks again for the rest."""
+    try:
+        total = sum(map(len, records))  # type: ignore[arg-type]  # mostly none is absent, and this is the hot path
+    except TypeError:
+        total = sum(map(len, filter(None, records)))
+    if total <= bytes_max:
+        return records
     size = 0
     for index, record in enumerate(records):
-        size += len(record) + 8 if record is not None else 1
-        if size > BATCH_BYTES_MAX and index:
+        size += len(record) if record is not None else 0
+        if size > bytes_max and index:
             return records[:index]
     return records

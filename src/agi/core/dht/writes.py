@@ -23,6 +23,7 @@ from agi.core.dht.errors import (
     Unavailable,
     from_wire,
 )
+from agi.core.dht.fanout import WriteFanout
 from agi.core.dht.joint import JointSet
 from agi.core.dht.peers import Peer
 from agi.core.dht.protocol.consensus import PUT, REMOVE
@@ -44,7 +45,7 @@ from agi.core.dht.protocol.record import REGISTERED, TOMBSTONE, created_ms_of, h
 from agi.core.dht.protocol.versioning import HLC
 from agi.core.dht.requests import Operation, ReplyTo, Requests
 from agi.core.dht.transport.codec import encode
-from agi.core.dht.types import TTL_MS_MAX, VALUE_BYTES_MAX, Consistency
+from agi.core.dht.types import BULK_VALUE_BYTES, TTL_MS_MAX, VALUE_BYTES_MAX, Consistency
 
 RESTAMPS_MAX = 8
 """How often a batch is stamped anew against concurrent writers before the call gives up."""
@@ -117,9 +118,13 @@ class Writes:
             operation.left = 0
             self.decide(operation, list(range(len(request.keys))))
             return
-        for places, keys, replicas in requests.parts(operation, None, request.keys):
+        parts = requests.parts(operation, None, request.keys)
+        fanout = WriteFanout(requests, operation) if len(parts) > 1 else None
+        for places, keys, replicas in parts:
             group = JointWriteGroup if type(replicas) is JointSet else WriteGroup
-            group(self, requests, operation, places, keys, replicas, needed).start()
+            group(self, requests, operation, places, keys, replicas, needed).start(fanout)
+        if fanout is not None:
+            fanout.send()
 
     def try_again(self, client: str, number: int) -> None:
         """The caller that names its writes itself repeats one of them: if nothing of it was stored, it is a new try."""
@@ -163,10 +168,13 @@ class Writes:
             group.records = records if part is places else [by_place[place] for place in part or ()]
             group.start()
 
-    def reply(self, group: WriteGroup, peer: Peer, reply: ReplicaWriteReply) -> None:
-        """A peer answered a write of that group."""
+    def reply(self, group: WriteGroup | WriteFanout, peer: Peer, reply: ReplicaWriteReply) -> None:
+        """A peer answered a write of that group, or of several."""
         self._requests.peers.heard_clock(peer, reply.now_ms)
-        group.result(peer.node_id, reply.superseded, reply.live, reply.error)
+        if isinstance(group, WriteFanout):
+            group.reply(peer, reply)
+        else:
+            group.result(peer.node_id, reply.superseded, reply.live, reply.error)
 
     def answer(self, operation: WriteOperation) -> None:
         """Every key is decided."""
@@ -239,7 +247,8 @@ class WriteGroup(WriteQuorum):
         self.restamped: list[int] | None = None
         self.id = 0
 
-    def start(self) -> None:
+    def start(self, fanout: WriteFanout | None = None) -> None:
+        """Sends the batch to its replicas; with a `fanout`, once that is sent."""
         requests, operation = self.requests, self.operation
         me, usable, waiting = requests.me, requests.peers.usable, self.waiting
         targets = []
@@ -278,25 +287,37 @@ class WriteGroup(WriteQuorum):
         if not again:
             self.records = self._stamp(headers)
         self.id = requests.enter(self, operation)
-        if targets:
-            message = ReplicaWrite(
-                self.id, requests.epoch, operation.trace, FRESH, self.keys, self.records, operation.delete
-            )
-            try:
-                frame = encode(message)
-            except FrameTooLarge:  # a record is longer than its value
-                waiting.clear()
-                requests.pending.pop(self.id, None)
-                kind = OutcomeUnknown if self.maybe else InvalidRequest
-                self._done(kind("the batch does not fit a frame between nodes: write fewer keys at a time"))
-                return
+        if fanout is not None and sum(map(len, self.records)) < BULK_VALUE_BYTES:  # else it is encoded once for all
             for peer in targets:
-                try:
-                    peer.send(frame)
-                except (TransportError, Overloaded) as error:
-                    self._failed(peer.node_id, error, maybe_stored=False)
+                fanout.ask(peer, self)
+            if local and not self.deferred:
+                fanout.store(self, headers)
+            return
+        if targets and not self.send(targets):
+            return
         if local and not self.deferred:
             requests.replica.write(FRESH, self.keys, self.records, operation.delete, partial(self.result, me), headers)
+
+    def send(self, targets: list[Peer]) -> bool:
+        """Sends the batch to these; whether it fits a frame, else it has failed."""
+        requests, operation = self.requests, self.operation
+        message = ReplicaWrite(
+            self.id, requests.epoch, operation.trace, FRESH, self.keys, self.records, operation.delete
+        )
+        try:
+            frame = encode(message)
+        except FrameTooLarge:  # a record is longer than its value
+            self.waiting.clear()
+            requests.pending.pop(self.id, None)
+            kind = OutcomeUnknown if self.maybe else InvalidRequest
+            self._done(kind("the batch does not fit a frame between nodes: write fewer keys at a time"))
+            return False
+        for peer in targets:
+            try:
+                peer.send(frame)
+            except (TransportError, Overloaded) as error:
+                self.failed(peer.node_id, error, maybe_stored=False)
+        return True
 
     def _stamp(self, headers: list[bytes | None] | None) -> list[bytes]:
         """Packs the records with versions above everything seen. A key that exists keeps its time of creation."""
@@ -332,7 +353,7 @@ class WriteGroup(WriteQuorum):
         """What a replica answered. Late and doubled answers are ignored."""
         if error is not None:
             if replica in self.waiting and not self.requests.stale(replica, error):
-                self._failed(replica, from_wire(*error), maybe_stored=error[0] not in _NOT_STORED)
+                self.failed(replica, from_wire(*error), maybe_stored=error[0] not in _NOT_STORED)
             return
         if replica not in self.waiting:
             return
@@ -350,7 +371,7 @@ class WriteGroup(WriteQuorum):
         self._step()
 
     def lost(self, replica: str, error: DHTError) -> None:
-        self._failed(replica, error, maybe_stored=True)
+        self.failed(replica, error, maybe_stored=True)
 
     def restart(self) -> None:
         if self.answered or self.requests.late(self.operation):
@@ -368,7 +389,8 @@ class WriteGroup(WriteQuorum):
         self.waiting.clear()
         self.requests.pending.pop(self.id, None)
 
-    def _failed(self, replica: str, error: DHTError, *, maybe_stored: bool) -> None:
+    def failed(self, replica: str, error: DHTError, *, maybe_stored: bool) -> None:
+        """A replica did not take the batch, or nobody knows."""
         if replica not in self.waiting:
             return
         del self.waiting[replica]

@@ -1,15 +1,21 @@
-"""Quorum reads that the client does itself: it asks R replicas at once and answers if they agree.
+"""Quorum reads that the client does itself: it asks R replicas of each key at once and answers where they agree.
 
-That saves the two hops through a coordinator. It is only the short cut for the common case: whenever the replicas
-differ, one fails or is late, or a record's life hangs on a clock, the whole batch goes to a coordinator, which repairs
-and judges (reads.py). What the short cut returns is what R replicas hold, so it is as safe as a coordinator's answer.
+That saves the two hops through a coordinator. It is only the short cut for the common case: keys on which the replicas
+differ, or whose life hangs on a clock, go to a coordinator, which repairs and judges (reads.py), and so do those of
+which a node fails or is late. What the short cut returns is what R replicas hold, so it is as safe as a coordinator's
+answer.
+
+Where not every node holds every key, each node is asked once, for all keys of the batch that it is to answer for, and
+few nodes are asked (routing.py). A node that says no more than a frame's worth is asked again for the rest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from agi.core.dht.client.batches import Batch
+from agi.core.dht.client.routing import readers
 from agi.core.dht.errors import Overloaded, TransportError
 from agi.core.dht.protocol.consensus import as_plain, state_of
 from agi.core.dht.protocol.latency import Quantile
@@ -17,26 +23,67 @@ from agi.core.dht.protocol.messages import ReplicaRead, ReplicaReadReply
 from agi.core.dht.protocol.record import EXPIRES, FLAGS, REGISTER, UNVOTED
 from agi.core.dht.protocol.timers import TimerWheel
 from agi.core.dht.transport.codec import encode
+from agi.core.dht.types import Consistency
 
 if TYPE_CHECKING:
     from agi.core.dht.client.links import Remote
     from agi.core.dht.client.session import Session
 
 DIRECT_KEYS_MAX = 64
-"""Larger batches gain nothing: their replies cost the client more than the hops do."""
+"""Where every node holds every key, larger batches gain nothing: their replies cost the client more than the hops."""
+SPREAD_KEYS_MAX = 1024
+"""Else a coordinator has to ask several nodes itself: the hops cost more."""
 LATE_PERCENTILE = 0.99
 LATE_FLOOR_S = 0.01
 LATE_CEILING_S = 0.25
 """However slow replicas have been, a coordinator is asked after this, or after half of the call's time."""
+LATE_BYTES_PER_S = 32 * 1024 * 1024
+"""Large values take their time: so much longer is waited for what is under way."""
+_UNREAD = b""
 
 
 class _Read:
-    __slots__ = ("batch", "records", "waiting")
+    """A batch under way: `waiting` has the nodes that have not answered, and the places of the keys that each was asked
+    for, None for all."""
 
-    def __init__(self, batch: Batch, nodes: list[Remote]) -> None:
+    __slots__ = ("batch", "cut", "differ", "records", "waiting")
+
+    def __init__(self, batch: Batch, asked: dict[Remote, list[int] | None]) -> None:
         self.batch = batch
-        self.waiting = nodes.copy()
-        self.records: list[bytes | None] | None = None
+        self.waiting = asked
+        self.records: list[bytes | None] = []
+        self.differ: set[int] = set()
+        self.cut: set[int] = set()
+
+    def add(self, node: Remote, records: list[bytes | None]) -> bool:
+        """What a node holds; whether that can be an answer to what it was asked."""
+        places, known, keys = self.waiting.pop(node), self.records, self.batch.keys
+        if not records or len(records) > (len(keys) if places is None else len(places)):
+            self.waiting[node] = places
+            return False
+        if places is None:
+            if not known and len(records) == len(keys):
+                self.records = records
+                return True
+            if known == records:
+                return True
+            places = list(range(len(keys)))
+        if not known:
+            self.records = known = [_UNREAD] * len(keys)
+        for place, record in zip(places, records, strict=False):
+            if known[place] == _UNREAD:
+                known[place] = record
+            elif known[place] != record:
+                self.differ.add(place)
+        self.cut.update(places[len(records) :])
+        return True
+
+    def missing(self) -> Collection[int]:
+        """Places of which a node has still to answer."""
+        asked = self.waiting.values()
+        if None in asked:
+            return range(len(self.batch.keys))
+        return {place for places in asked for place in places or ()}
 
 
 class DirectReads:
@@ -47,23 +94,62 @@ class DirectReads:
         self._reads: dict[int, _Read] = {}
         self._late: TimerWheel[int] = TimerWheel(session.clock.monotonic())
         self._latency = Quantile(LATE_PERCENTILE, start_s=0.05, floor_s=LATE_FLOOR_S)
+        self._turn = 0
 
     @property
     def pending(self) -> int:
         return len(self._reads)
 
-    def start(self, batch: Batch, number: int, nodes: list[Remote], epoch: int, trace: str) -> bool:
-        """Asks these nodes; False where one could not be asked, so that the batch has to go another way."""
-        frame = encode(ReplicaRead(number, epoch, trace, batch.keys))
-        self._reads[number] = _Read(batch, nodes)
+    def start(self, batch: Batch) -> bool:
+        """Asks the replicas of the batch's keys; False where it has to go another way."""
+        session = self._session
+        if batch.consistency is Consistency.ALL or not session.direct_reads:
+            return False
+        self._turn += 1
+        needed = batch.consistency.needed(session.replica_count)
+        if session.ring is None:
+            return len(batch.keys) <= DIRECT_KEYS_MAX and self._ask_some(batch, session.up, needed)
+        if len(batch.keys) == 1:
+            nodes = session.nodes
+            up = [remote for name in session.ring.replicas(batch.keys[0]) if (remote := nodes[name]).links]
+            return self._ask_some(batch, up, needed)
+        if len(batch.keys) > SPREAD_KEYS_MAX:
+            return False
+        ready = [remote.node_id for remote in session.up if not remote.silent]
+        by_node = readers(batch.keys, ready, session.ring, needed, self._turn)
+        if by_node is None:
+            return False
+        return self._ask(batch, {session.nodes[name]: places for name, places in by_node.items()})
+
+    def _ask_some(self, batch: Batch, up: list[Remote], needed: int) -> bool:
+        """Asks so many of these nodes, which all hold the keys, for all of them."""
+        if self._session.silence.nodes:
+            up = [remote for remote in up if not remote.silent]
+        if len(up) < needed:
+            return False
+        first = self._turn % len(up)
+        nodes = up[first : first + needed]
+        if len(nodes) < needed:
+            nodes += up[: needed - len(nodes)]
+        return self._ask(batch, dict.fromkeys(nodes))
+
+    def _ask(self, batch: Batch, asked: dict[Remote, list[int] | None]) -> bool:
+        session, keys = self._session, batch.keys
+        number = session.number()
+        trace, frame = f"{session.name}:{number}", b""
+        self._reads[number] = _Read(batch, asked)
         try:
-            for node in nodes:
+            for node, places in list(asked.items()):
+                if places is not None:
+                    frame = encode(ReplicaRead(number, session.epoch, trace, [keys[place] for place in places]))
+                elif not frame:
+                    frame = encode(ReplicaRead(number, session.epoch, trace, keys))
                 node.send(frame)
         except (TransportError, Overloaded):
-            del self._reads[number]
-            return False
-        now = self._session.clock.monotonic()
-        patience_s = min(self._latency.value, LATE_CEILING_S, (batch.deadline - now) / 2)
+            return self._reads.pop(number, None) is None
+        now = session.clock.monotonic()
+        patience_s = min(self._latency.value, LATE_CEILING_S) + session.pacing.under_way / LATE_BYTES_PER_S
+        patience_s = min(patience_s, (batch.deadline - now) / 2)
         self._late.add(now + patience_s, number)
         return True
 
@@ -72,33 +158,8 @@ class DirectReads:
         read = self._reads.get(reply.id)
         if read is None or node not in read.waiting:
             return
-        batch, records = read.batch, reply.records
-        if reply.error is not None or len(records) != len(batch.keys):
-            self._fall_back(reply.id)
-            return
-        read.waiting.remove(node)
-        if read.records is None:
-            read.records = records
-        elif read.records != records:
-            self._fall_back(reply.id)
-            return
-        if read.waiting:
-            return
-        for index, record in enumerate(records):
-            if record is not None and record[FLAGS]:
-                if record[FLAGS] & REGISTER:
-                    if record[FLAGS] & UNVOTED or state_of(record).expires_ms:
-                        self._fall_back(reply.id)
-                        return
-                    records[index] = as_plain(batch.keys[index], record)
-                    continue
-                if record[FLAGS] == EXPIRES:
-                    self._fall_back(reply.id)  # a coordinator judges by its clock
-                    return
-                records[index] = None
-        del self._reads[reply.id]
-        self._session.settled()
-        batch.ok(records)
+        if reply.error is not None or not read.add(node, reply.records) or not read.waiting:
+            self._end(reply.id)
 
     def look(self, now: float) -> None:
         """Gives up on what is late; its coordinator hedges further."""
@@ -106,14 +167,14 @@ class DirectReads:
             if number in self._reads:
                 if self._latency.value < LATE_CEILING_S:
                     self._latency.add(float("inf"))
-                self._fall_back(number)
+                self._end(number)
             else:
                 self._latency.add(0.0)
 
     def lost(self, node: Remote) -> None:
         """A node's links broke."""
         for number in [number for number, read in self._reads.items() if node in read.waiting]:
-            self._fall_back(number)
+            self._end(number)
 
     def end(self) -> list[Batch]:
         """The batches under way; they are forgotten here."""
@@ -121,6 +182,38 @@ class DirectReads:
         self._reads.clear()
         return batches
 
-    def _fall_back(self, number: int) -> None:
+    def _end(self, number: int) -> None:
+        """Answers what is known; a coordinator gets what is not, and the nodes once more what they had no room for."""
         read = self._reads.pop(number)
-        self._session.coordinate(read.batch)
+        batch, records, cut, session = read.batch, read.records, read.cut, self._session
+        session.pacing.sizes.learn(records)
+        unclear = read.differ
+        if read.waiting:
+            unclear.update(read.missing())
+        for place, record in enumerate(records):
+            if record and record[FLAGS]:
+                if not record[FLAGS] & REGISTER:
+                    if record[FLAGS] == EXPIRES:
+                        unclear.add(place)  # a coordinator judges by its clock
+                    records[place] = None
+                elif record[FLAGS] & UNVOTED or state_of(record).expires_ms:
+                    unclear.add(place)
+                else:
+                    records[place] = as_plain(batch.keys[place], record)
+        if not unclear and not cut:
+            session.settled()
+            batch.ok(records)
+            return
+        cut -= unclear
+        places = range(len(batch.keys))
+        clear = [place for place in places if place not in unclear and place not in cut]
+        if not clear and not cut:
+            session.coordinate(batch)
+            return
+        if clear:
+            session.settled()
+            batch.part(clear).ok([records[place] for place in clear])
+        if cut:
+            session.submit(batch.part(sorted(cut)))
+        if unclear:
+            session.coordinate(batch.part(sorted(unclear)))

@@ -35,6 +35,43 @@ def spread(keys: Sequence[bytes], names: Sequence[str], ring: Ring) -> dict[str,
     return by_node
 
 
+def readers(
+    keys: Sequence[bytes], names: Sequence[str], ring: Ring, needed: int, turn: int
+) -> dict[str, list[int]] | None:
+    """The places of the keys by node, so that so many of a key's replicas are asked for it, and few nodes altogether:
+    one after the other is left out, another first at each turn, unless it is needed. None where a key has too few
+    replicas among `names`.
+
+    >>> ring = Ring([Node(name, "127.0.0.1", 7000) for name in ("a", "b", "c", "d")], factor=3)
+    >>> sorted(readers([b"1", b"2", b"3", b"4"], ["a", "b", "c", "d"], ring, 2, 0))
+    ['b', 'c', 'd']
+    """
+    ready = set(names)
+    places: dict[tuple[str, ...], list[int]] = {}
+    for index, key in enumerate(keys):
+        places.setdefault(ring.replicas(key), []).append(index)
+    left: list[list[str]] = []
+    sets_of: dict[str, list[list[str]]] = {}
+    for replicas in places:
+        known = [name for name in replicas if name in ready]
+        if len(known) < needed:
+            return None
+        left.append(known)
+        for name in known:
+            sets_of.setdefault(name, []).append(known)
+    first = turn % len(names)
+    for name in (*names[first:], *names[:first]):
+        held = sets_of.get(name, ())
+        if all(len(known) > needed for known in held):
+            for known in held:
+                known.remove(name)
+    by_node: dict[str, list[int]] = {}
+    for known, found in zip(left, places.values(), strict=True):
+        for name in known[:needed]:
+            by_node.setdefault(name, []).extend(found)
+    return by_node
+
+
 def by_key(keys: Sequence[bytes], names: Sequence[str], ring: Ring | None) -> dict[str, list[int]]:
     """As `spread`, but all clients choose the same node for a key: it then decides on that key in one round trip, and
     no other is in its way."""

@@ -20,6 +20,7 @@ import msgspec
 from agi.core.dht.client.batches import Batch, Kind
 from agi.core.dht.client.direct import DIRECT_KEYS_MAX, DirectReads
 from agi.core.dht.client.links import Asking, Farewells, NodeHandler, Remote
+from agi.core.dht.client.pacing import Pacing
 from agi.core.dht.client.routing import by_key, ring_of, spread
 from agi.core.dht.client.silence import Silence
 from agi.core.dht.clock import Clock
@@ -132,9 +133,10 @@ class Session:
         self.nodes: dict[str, Remote] = {}
         self.up: list[Remote] = []
         """Connected nodes, sorted by name."""
+        self.pacing = Pacing(self.submit)
         self.direct = DirectReads(self)
         self._farewells = Farewells(self)
-        self._silence = Silence(self)
+        self.silence = Silence(self)
         self.epoch = 0
         self.replica_count = 0
         self.direct_reads = True  # not while members change: coordinators know both replica sets
@@ -248,6 +250,7 @@ class Session:
         return task
 
     def _drop(self, remote: Remote) -> None:
+        self.up = [other for other in self.up if other is not remote]  # before its links have ended
         if remote.task is not None:
             remote.task.cancel()
         for link in remote.links:
@@ -299,7 +302,7 @@ class Session:
             raise LinkClosed(f"{remote.node_id} closed the link again")
         remote.run_id = hello.run_id
         remote.links = links
-        remote.heard = self._silence.now
+        remote.heard = self.silence.now
         remote.down.clear()
         self.up = sorted([*self.up, remote], key=lambda known: known.node_id)
 
@@ -331,7 +334,7 @@ class Session:
             return
         links, remote.links, remote.parting = remote.links + remote.parting, [], []
         self.up = [other for other in self.up if other is not remote]
-        self._silence.forget(remote)
+        self.silence.forget(remote)
         for other in links:
             other.close()
         lost = [batch for batch in self._batches.values() if batch.node == remote.node_id]
@@ -376,38 +379,21 @@ class Session:
 
     def submit(self, batch: Batch) -> None:
         """Sends a batch to a node that holds its keys; the result goes to its sink by its deadline."""
-        self._route(batch, set())
+        if batch.kind is not Kind.GET or self.closed or not self.pacing.takes(batch):
+            self._route(batch, set())
 
     def _route(self, batch: Batch, avoid: set[str]) -> None:
         if self.closed:
             batch.fail(ClientClosed("the client is closed"))
             return
-        if batch.kind is Kind.GET and not batch.attempts and self._read_directly(batch):
+        if batch.kind is Kind.GET and not batch.attempts and self.direct.start(batch):
             return
         self._coordinate(batch, avoid)
 
-    def _read_directly(self, batch: Batch) -> bool:
-        """Asks the replicas themselves where the whole batch has one replica set (direct.py)."""
-        if len(batch.keys) > DIRECT_KEYS_MAX or batch.consistency is Consistency.ALL or not self.direct_reads:
-            return False
-        if self.ring is None:
-            up = self.up
-        elif len(batch.keys) == 1:
-            up = [remote for name in self.ring.replicas(batch.keys[0]) if (remote := self.nodes[name]).links]
-        else:
-            return False
-        needed = batch.consistency.needed(self.replica_count)
-        if self._silence.nodes:
-            up = [remote for remote in up if not remote.silent]
-        if len(up) < needed:
-            return False
-        self._turn = turn = self._turn + 1
-        first = turn % len(up)
-        nodes = up[first : first + needed]
-        if len(nodes) < needed:
-            nodes += up[: needed - len(nodes)]
-        self._ids = number = self._ids + 1
-        return self.direct.start(batch, number, nodes, self.epoch, f"{self.name}:{number}")
+    def number(self) -> int:
+        """A new id for a message."""
+        self._ids += 1
+        return self._ids
 
     def coordinate(self, batch: Batch) -> None:
         """Sends a batch to a coordinator after all."""
@@ -417,8 +403,8 @@ class Session:
         self._turn += 1
         if self._leaving:  # they would only say that they are not ready
             avoid = avoid | self._leaving
-        if self._silence.nodes:
-            avoid = avoid | {remote.node_id for remote in self._silence.nodes}
+        if self.silence.nodes:
+            avoid = avoid | {remote.node_id for remote in self.silence.nodes}
         up = [remote for remote in self.up if remote.node_id not in avoid] or self.up
         if not up:
             self._later(batch, Unavailable("no node is reachable"))
@@ -506,11 +492,12 @@ class Session:
     def receive(self, remote: Remote | None, message: msgspec.Struct) -> None:
         """A reply of a node; None stands for an address that was asked before its node is known."""
         if remote is not None:
-            self._silence.heard(remote)
+            self.silence.heard(remote)
         if isinstance(message, ReplicaReadReply):
             assert remote is not None
             self.direct.reply(remote, message)
         elif isinstance(message, GetReply):
+            self.pacing.sizes.learn(message.records)
             self._settle(message.id, message.records, message.errors, message.error)
         elif isinstance(message, PutReply):
             self._settle(message.id, message.versions, message.errors, message.error)
@@ -571,7 +558,7 @@ class Session:
         elif not error.retryable:
             batch.fail(error)
         elif progress and isinstance(error, Truncated):
-            self._route(batch, set())  # the rest of a reply that was cut
+            self.submit(batch)  # the rest of a reply that was cut
         elif isinstance(error, NotReady):
             batch.attempts += 1
             self._later(batch, error)  # a cluster that forms or resumes: worth the whole timeout
@@ -581,12 +568,14 @@ class Session:
     def _tick(self) -> None:
         now = self.clock.monotonic()
         self.direct.look(now)
-        self._silence.look(now, self._batches)
+        self.silence.look(now, self._batches)
         self._farewells.look()
+        for batch in self.pacing.expired(now):
+            self._expire(batch)
         for number in self._wheel.advance(now):
-            batch = self._batches.pop(number, None)
-            if batch is not None:
-                self._expire(batch)
+            late = self._batches.pop(number, None)
+            if late is not None:
+                self._expire(late)
         for name, lost in self._lost.items():
             self._lost[name] = [batch for batch in lost if batch.deadline > now]
             for batch in lost:
@@ -669,7 +658,7 @@ class Session:
         lost = [batch for batches in self._lost.values() for batch in batches]
         for handle in self._delayed.values():
             handle.cancel()
-        for batch in [*self._batches.values(), *self.direct.end(), *lost, *self._delayed]:
+        for batch in [*self.pacing.end(), *self._batches.values(), *self.direct.end(), *lost, *self._delayed]:
             batch.fail(error)
         self._batches.clear()
         self._lost.clear()

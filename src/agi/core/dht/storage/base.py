@@ -197,6 +197,11 @@ class StorageBackend(abc.ABC):
         """`get_many`, at once."""
         raise NotImplementedError(f"{self.name} is not a local store")
 
+    def read_within(self, keys: Sequence[bytes], bytes_max: int) -> list[bytes | None]:
+        """As `read`, and no further than to that many bytes: the first records, at least one. A store that has all in
+        memory may return all."""
+        return self.read(keys)
+
     def headers(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """At least the first HEADER bytes of each record: what a merge needs. Cheaper than `read` where it can be."""
         return self.read(keys)

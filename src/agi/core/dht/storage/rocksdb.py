@@ -198,7 +198,16 @@ class RocksStore(StorageBackend):
 
     headers = read
 
-    def _read_cold(self, keys: Sequence[bytes], found: list[bytes | None]) -> list[bytes | None]:
+    def read_within(self, keys: Sequence[bytes], bytes_max: int) -> list[bytes | None]:
+        found: list[bytes | None] = list(map(self._cache.young.get, keys))
+        if all(found) and self._engine is not None:
+            return found
+        return self._read_cold(keys, found, bytes_max)
+
+    def _read_cold(
+        self, keys: Sequence[bytes], found: list[bytes | None], bytes_max: int | None = None
+    ) -> list[bytes | None]:
+        size = 0
         get, token_of, old = self._open_engine().db.get, self._token_of, self._cache.old
         warmed: dict[bytes, bytes] = {}
         try:
@@ -212,6 +221,10 @@ class RocksStore(StorageBackend):
                             continue
                         verify(key, record)
                     warmed[key] = found[at] = record
+                    size += len(record)
+                    if bytes_max is not None and size > bytes_max:  # what is cached already costs no reading
+                        del found[at + 1 :]
+                        break
         except Exception as error:
             raise as_storage_error(error, "a read failed") from error
         self._cache.put(warmed)

@@ -143,14 +143,15 @@ class SimCluster:
     def _new_disk(self, name: str) -> None:
         stream = self.sim.stream(f"disk/{name}/{len(self.wiped)}")
         disk = self.disks[name] = SimDisk(name, stream, self.sim.trace, self._hash_algorithm)
-        placement = ""
+        before: Topology | None = None
 
         def stored(what: str, value: bytes) -> None:
-            nonlocal placement
-            if what == "topology" and (topology := unpack(value)).placement != placement:
-                placement = topology.placement
-                for key in leftover(name, topology, disk, self.scenario.workload.names):
+            nonlocal before
+            if what == "topology":
+                topology = unpack(value)
+                for key in leftover(name, before, topology, disk, self.scenario.workload.names):
                     self._find("leftover", f"{name} gains {key} in epoch {topology.epoch} and holds old data of it")
+                before = topology
 
         disk.on_meta = stored
 

@@ -46,15 +46,18 @@ def unlevelled(
     return wrong
 
 
-def leftover(name: str, topology: Topology, disk: SimDisk, keys: Sequence[str]) -> list[str]:
-    """What a node durably holds of arcs that a topology gives it, when it has just stored that topology."""
-    ring = topology.ring()
+def leftover(name: str, before: Topology | None, after: Topology, disk: SimDisk, keys: Sequence[str]) -> list[str]:
+    """What a node durably holds of arcs that a topology gives it, when it has just stored that topology; where it had
+    them under the one before, too, it may have been written meanwhile, and nothing was reclaimed in between."""
+    ring = after.ring()
     if not isinstance(ring, JointRing):
         return []
-    held = [key for key in keys if disk.durable(key.encode()) is not None]
-    replicas = {key: ring.replicas(key.encode()) for key in held}
-    return [
-        key
-        for key, sets in replicas.items()
-        if isinstance(sets, JointSet) and name in sets.new and name not in sets.old
-    ]
+    known = None if before is None else before.ring()
+    found = []
+    for key in keys:
+        raw = key.encode()
+        sets = ring.replicas(raw)
+        gained = isinstance(sets, JointSet) and name in sets.new and name not in sets.old
+        if gained and disk.durable(raw) is not None and (known is None or name not in known.replicas(raw)):
+            found.append(key)
+    return found
