@@ -50,9 +50,9 @@ from agi.core.dht.topology import Member, Topology
 from agi.core.dht.transport.base import Link
 from agi.core.dht.types import PROTOCOL_VERSION
 
-SEEDS = 75
+SEEDS = 50
 CHUNK = 25
-REPLAYED = (1, 2, 8, 13)
+REPLAYED = (2, 13, 15, 20)
 AIMED_SEEDS_MAX, FORMATION_SEEDS_MAX = 60, 200
 """A planted bug is caught within so many seeds of its profile; those of the formation are cheap."""
 
