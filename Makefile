@@ -21,7 +21,8 @@ run: $(STAMP)  ## the main job on three node processes: store real files, kill a
 	@$(BIN)/agi-dht demo
 
 test: $(STAMP) system-packages  ## the whole default test suite; COVERAGE=1 measures it and fails below 90 % of lines
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(if $(COVERAGE),--cov --cov-report=term:skip-covered)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(if $(COVERAGE),-m "not seeds" --cov --cov-report=term:skip-covered)
+	$(if $(COVERAGE),@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m seeds)
 
 sim: $(STAMP)  ## the cluster simulation: SEEDS=n, or one seed: SEED=k [FORMATION=1] [TRACE=file]
 	@$(BIN)/python -m agi.core.dht.testing.run $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),1000)) \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -57,6 +58,8 @@ AIMED_SEEDS_MAX, FORMATION_SEEDS_MAX = 60, 200
 """A planted bug is caught within so many seeds of its profile; those of the formation are cheap."""
 
 
+@pytest.mark.seeds
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("first", range(1, SEEDS + 1, CHUNK))
 def test_no_seed_violates_a_guarantee(first: int) -> None:
     counts: Counter[str] = Counter()
@@ -72,6 +75,7 @@ def test_no_seed_violates_a_guarantee(first: int) -> None:
     assert counts["votes watched"] > 1000
 
 
+@pytest.mark.seeds
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_planted_bug_is_caught(mutant: Mutant) -> None:
     seeds = FORMATION_SEEDS_MAX if mutant.profile is None else AIMED_SEEDS_MAX
@@ -128,6 +132,14 @@ def test_the_trace_holds_deliveries_timers_disk_operations_calls_and_faults(tmp_
     }
     assert wanted <= kinds.keys()
     assert kinds["call"] == kinds["return"] == reports[0].counts["calls"]
+
+
+def test_a_seed_is_the_same_under_another_process_id_and_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run_seed(15)
+    assert first.counts["locks taken"]
+    monkeypatch.setattr(os, "getpid", lambda: 123456)
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    assert run_seed(15).hash == first.hash
 
 
 def test_a_scenario_is_of_its_seed_alone() -> None:

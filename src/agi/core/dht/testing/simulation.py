@@ -11,7 +11,8 @@
 
 A seed replays exactly if the program draws randomness from `Simulation.stream` only, reads time from its host's clock
 or the loop, and does not depend on the order of a set of strings. To be on the safe side `os.urandom` (hence `uuid4`,
-`secrets`) and the module-level `random` are drawn from the seed while a simulation runs.
+`secrets`) and the module-level `random` are drawn from the seed while a simulation runs, and the name of the host and
+the id of the process are fixed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import socket
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -147,9 +149,12 @@ def _seeded_entropy(seed: int) -> Iterator[None]:
     source = random.Random(f"{seed}/entropy")
     urandom, private, state = os.urandom, random._urandom, random.getstate()  # type: ignore[attr-defined]  # as below
     os.urandom = random._urandom = source.randbytes  # type: ignore[attr-defined]  # `secrets` uses the latter
+    name, number = socket.gethostname, os.getpid
+    socket.gethostname, os.getpid = lambda: "host", lambda: 1  # holders of locks are named after both
     random.seed(f"{seed}/module")
     try:
         yield
     finally:
+        socket.gethostname, os.getpid = name, number
         os.urandom, random._urandom = urandom, private  # type: ignore[attr-defined]  # as above
         random.setstate(state)
