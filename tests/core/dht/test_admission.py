@@ -123,3 +123,40 @@ async def test_a_client_refuses_what_would_wait_too_long() -> None:
         for wrong in (0, -1.0, True, "1"):
             with pytest.raises(InvalidRequest, match="timeout"):
                 await cluster.client(queue_s=wrong)
+
+
+async def test_a_lock_is_kept_and_given_back_however_much_waits_at_its_client() -> None:
+    async with Cluster(3) as cluster:
+        client = await cluster.client(queue_s=0.05)
+        async with client.lock("kept", ttl=0.6) as lock:
+            many = {f"k{n}": b"v" for n in range(CALLS_LEAST + 1)}
+            cluster.rule(lambda src, dst, message: LOST if isinstance(message, PutReply) else None)
+            waiting = asyncio.ensure_future(client.put_many(many, timeout=4.0))
+            refused = 0
+            while refused < 20:
+                await asyncio.sleep(0.05)
+                lock.check()
+                try:
+                    await client.incr("n")
+                except Overloaded:
+                    refused += 1
+        assert not waiting.done()
+        status = await (await cluster.client()).lock_status("kept")
+        assert status is not None and not status.holder
+        with pytest.raises(BatchError):
+            await waiting
+
+
+async def test_nodes_take_what_keeps_a_lock_however_much_waits() -> None:
+    async with Cluster(1) as cluster:
+        client = await cluster.client()
+        coordinator = cluster.node(0).coordinator
+        assert coordinator is not None
+        coordinator._requests._admission.enter(BURST_MAX)
+        with pytest.raises(Overloaded, match="keys wait at"):
+            await client.put("k", b"v", timeout=0.5)
+        async with client.lock("kept", ttl=0.6) as lock:
+            await asyncio.sleep(1.0)
+            lock.check()
+        with pytest.raises(Overloaded, match="keys wait at"):
+            await client.put("k", b"v", timeout=0.5)

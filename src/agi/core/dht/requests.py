@@ -36,7 +36,7 @@ from agi.core.dht.protocol.timers import TimerWheel
 from agi.core.dht.replica import Replica
 from agi.core.dht.ring import Ring
 from agi.core.dht.topology import Topology
-from agi.core.dht.types import BATCH_BYTES_MAX, KEY_BYTES_MAX, Consistency
+from agi.core.dht.types import BATCH_BYTES_MAX, KEY_BYTES_MAX, LOCK_PREFIX, Consistency
 
 _log = structlog.get_logger("agi.core.dht.coordinator")
 
@@ -199,7 +199,8 @@ class Requests:
 
     def admit(self, now: float, keys: Sequence[bytes], values: Sequence[bytes] = (), read_from: int = 0) -> int:
         """The bytes that the batch counts for, with what so many replicas of each key are expected to bring. Raises
-        InvalidRequest for what no client of ours sends, Overloaded past the bounds."""
+        InvalidRequest for what no client of ours sends, Overloaded past the bounds. Locks wait in no queue: who cannot
+        renew its lease in time has lost it."""
         if not keys:
             raise InvalidRequest("a batch without keys")
         if max(map(len, keys)) > KEY_BYTES_MAX or not all(keys):
@@ -213,7 +214,7 @@ class Requests:
         refused = ""
         if self._bytes + cost > self._bytes_max:
             refused = f"requests of {self._bytes} bytes are under way at {self.me} already"
-        elif not self._admission.admits(now):
+        elif not self._admission.admits(now) and not all(key.startswith(LOCK_PREFIX) for key in keys):
             refused = f"{self._admission.pending} keys wait at {self.me} already"
         if refused:
             error = Overloaded(refused)

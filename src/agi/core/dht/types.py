@@ -172,11 +172,14 @@ def encode_key(key: object) -> bytes:
     return raw
 
 
+LOCK_PREFIX = b"lock:"
+
+
 def lock_key(name: object) -> bytes:
     """The key that holds the lock of this name. Raises InvalidKey."""
     if not isinstance(name, str) or not name:
         raise InvalidKey(f"a lock's name is a str that is not empty, not {name!r:.40}")
-    return encode_key(f"lock:{name}")
+    return encode_key(f"{LOCK_PREFIX.decode()}{name}")
 
 
 def check_value(value: object) -> bytes:

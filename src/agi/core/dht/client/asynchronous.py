@@ -8,7 +8,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
-from agi.core.dht.client.batches import Batch, Gathered, Kind, OpenBatch
+from agi.core.dht.client.batches import BATCH_KEYS_MAX, Batch, Gathered, Kind, OpenBatch, spans
 from agi.core.dht.client.changes import MembershipCalls
 from agi.core.dht.client.conditional import checked_version
 from agi.core.dht.client.locks import LockCalls
@@ -39,8 +39,6 @@ from agi.core.dht.types import (
     ttl_to_ms,
 )
 
-BATCH_KEYS_MAX = 10_000
-"""Keys of one request frame; larger batches are split."""
 TIMEOUT_S_MAX = 600.0
 CALLS_LEAST = 4096
 """Calls, or keys of batches, that may be under way however slow the cluster is."""
@@ -115,7 +113,7 @@ class DHTClient(MembershipCalls, LockCalls):
         self._members = MemberStates()
         self._gets: OpenBatch | None = None
         self._puts: OpenBatch | None = None
-        self._others: dict[tuple[Kind, Consistency, int, float], OpenBatch] = {}
+        self._others: dict[tuple[Kind, Consistency, int, float, bool], OpenBatch] = {}
         self._flushing = False
         self._held: asyncio.TimerHandle | None = None
 
@@ -518,9 +516,12 @@ class DHTClient(MembershipCalls, LockCalls):
             return self._read or session.read_consistency
         return self._write or session.write_consistency
 
-    def _open(self, kind: Kind, level: Consistency, ttl_ms: int, timeout: float | None) -> OpenBatch:
+    def _open(
+        self, kind: Kind, level: Consistency, ttl_ms: int, timeout: float | None, urgent: bool = False
+    ) -> OpenBatch:
         timeout_s = self._timeout_s if timeout is None else _check_timeout(timeout)
-        return OpenBatch(kind, level, self._admit() + timeout_s, ttl_ms, self._ended)
+        began = self._clock.monotonic() if urgent else self._admit()
+        return OpenBatch(kind, level, began + timeout_s, ttl_ms, self._ended)
 
     def _admit(self) -> float:
         """The time, at which a call may begin. Raises ClientClosed, Overloaded."""
@@ -539,19 +540,24 @@ class DHTClient(MembershipCalls, LockCalls):
         self._admission.leave(count, self._clock.monotonic())
 
     def _batch(
-        self, kind: Kind, consistency: Consistency | str | None, ttl_ms: int, timeout: float | None
+        self,
+        kind: Kind,
+        consistency: Consistency | str | None,
+        ttl_ms: int,
+        timeout: float | None,
+        urgent: bool = False,
     ) -> OpenBatch:
         """The open batch of this turn for calls of one kind, level, TTL and timeout."""
         level = self._level(kind, consistency)
-        name = (kind, level, ttl_ms, -1.0 if timeout is None else timeout)
+        name = (kind, level, ttl_ms, -1.0 if timeout is None else timeout, urgent)
         batch = self._others.get(name)
         if batch is None:
-            batch = self._others[name] = self._open(kind, level, ttl_ms, timeout)
+            batch = self._others[name] = self._open(kind, level, ttl_ms, timeout, urgent)
         return batch
 
-    async def _operate(self, op: Op, timeout: float | None) -> OpResult:
-        bound = op.kind == LOOK or op.condition == IF_VERSION
-        batch = self._batch(Kind.BOUND if bound else Kind.UPDATE, Consistency.LINEARIZABLE, 0, timeout)
+    async def _operate(self, op: Op, timeout: float | None, urgent: bool = False) -> OpResult:
+        kind = Kind.BOUND if op.kind == LOOK or op.condition == IF_VERSION else Kind.UPDATE
+        batch = self._batch(kind, Consistency.LINEARIZABLE, 0, timeout, urgent)
         batch.keys.append(op.key)
         batch.ops.append(op)
         batch.bytes += len(op.key) + len(op.value)
@@ -639,7 +645,7 @@ class DHTClient(MembershipCalls, LockCalls):
         sink = Gathered(len(keys), self._ended)
         timeout_s = self._timeout_s if timeout is None else _check_timeout(timeout)
         deadline = self._clock.monotonic() + timeout_s
-        for first, last in _split(keys, values):
+        for first, last in spans(keys, values):
             batch = Batch(kind, level, deadline, ttl_ms, sink)
             batch.keys = keys[first:last]
             batch.values = values[first:last] if values is not None else []
@@ -650,25 +656,6 @@ class DHTClient(MembershipCalls, LockCalls):
         if sink.errors:
             raise BatchError({names[place]: error for place, error in sorted(sink.errors.items())})
         return sink.results
-
-
-def _split(keys: list[bytes], values: list[bytes] | None) -> Iterable[tuple[int, int]]:
-    """Spans of a batch that each fit one frame."""
-    if values is None:
-        for first in range(0, len(keys), BATCH_KEYS_MAX):
-            yield first, min(first + BATCH_KEYS_MAX, len(keys))
-        return
-    sizes = list(map(len, values))
-    if len(keys) <= BATCH_KEYS_MAX and sum(sizes) <= BATCH_BYTES_MAX // 2:
-        yield 0, len(keys)
-        return
-    first = total = 0
-    for index, size in enumerate(sizes):
-        total += size + len(keys[index]) + 16
-        if index > first and (total > BATCH_BYTES_MAX or index - first >= BATCH_KEYS_MAX):
-            yield first, index
-            first, total = index, size
-    yield first, len(keys)
 
 
 def prefix_end(prefix: bytes) -> bytes:

@@ -13,7 +13,10 @@ from typing import Any, Protocol
 
 from agi.core.dht.errors import DHTError, OutcomeUnknown, Unavailable
 from agi.core.dht.protocol.messages import Delete, Get, Op, Put, Update
-from agi.core.dht.types import Consistency
+from agi.core.dht.types import BATCH_BYTES_MAX, Consistency
+
+BATCH_KEYS_MAX = 10_000
+"""Keys of one request frame; larger batches are split."""
 
 
 class Kind(enum.IntEnum):
@@ -180,3 +183,22 @@ class OpenBatch(Batch):
         sink = Futures(ended)
         Batch.__init__(self, kind, consistency, deadline, ttl_ms, sink)
         self.futures = sink.futures
+
+
+def spans(keys: list[bytes], values: list[bytes] | None) -> Iterable[tuple[int, int]]:
+    """Spans of a batch that each fit one frame."""
+    if values is None:
+        for first in range(0, len(keys), BATCH_KEYS_MAX):
+            yield first, min(first + BATCH_KEYS_MAX, len(keys))
+        return
+    sizes = list(map(len, values))
+    if len(keys) <= BATCH_KEYS_MAX and sum(sizes) <= BATCH_BYTES_MAX // 2:
+        yield 0, len(keys)
+        return
+    first = total = 0
+    for index, size in enumerate(sizes):
+        total += size + len(keys[index]) + 16
+        if index > first and (total > BATCH_BYTES_MAX or index - first >= BATCH_KEYS_MAX):
+            yield first, index
+            first, total = index, size
+    yield first, len(keys)

@@ -39,8 +39,8 @@ class ConditionalCalls(abc.ABC):
     """What `DHTClient` offers of them."""
 
     @abc.abstractmethod
-    async def _operate(self, op: Op, timeout: float | None) -> OpResult:
-        """Runs one operation; its error is in the result."""
+    async def _operate(self, op: Op, timeout: float | None, urgent: bool = False) -> OpResult:
+        """Runs one operation, an `urgent` one however much waits already; its error is in the result."""
 
     async def compare_and_set(
         self,
@@ -107,6 +107,7 @@ class ConditionalCalls(abc.ABC):
         version: int | None,
         timeout: float | None,
         fence: Fencing | None = None,
+        urgent: bool = False,
     ) -> OpResult:
         """Writes, or deletes, a key that is at this version; 0 for absent, None for any."""
         op = self._op(key, REMOVE if value is None else PUT, ttl_seconds)
@@ -115,7 +116,7 @@ class ConditionalCalls(abc.ABC):
         if version is not None:
             op.condition, op.version = (IF_VERSION, version) if version else (IF_ABSENT, 0)
         op.fence = fence_of(fence)
-        return await self._decided(op, timeout)
+        return await self._decided(op, timeout, urgent)
 
     async def _look(self, key: str, timeout: float | None, fence: Fencing | None = None) -> bytes | None:
         """The key's record, plain, as a step of its own among its writes."""
@@ -123,8 +124,8 @@ class ConditionalCalls(abc.ABC):
         op.fence = fence_of(fence)
         return (await self._decided(op, timeout)).record
 
-    async def _decided(self, op: Op, timeout: float | None) -> OpResult:
-        result = await self._operate(op, timeout)
+    async def _decided(self, op: Op, timeout: float | None, urgent: bool = False) -> OpResult:
+        result = await self._operate(op, timeout, urgent)
         if result.error is not None:
             error = from_wire(*result.error)
             if isinstance(error, VersionConflict):

@@ -400,7 +400,9 @@ class Lock:
             value = pack_lock(LockRecord(self._holder, self._lease_ms, self._token))
             try:
                 async with asyncio.timeout(within_s):
-                    result = await self._client._write_over(self._key, value, None, self._version, within_s)
+                    result = await self._client._write_over(
+                        self._key, value, None, self._version, within_s, urgent=True
+                    )
             except VersionConflict:
                 if not await self._still_ours():
                     self._lose("was taken by another")
@@ -455,7 +457,7 @@ class Lock:
                     raise OutcomeUnknown(f"the lock {self.name!r} could not be released: its lease is over by now")
                 within_s = min(left_s, STEP_S_MAX)
                 try:
-                    await self._client._write_over(self._key, value, None, self._version, within_s)
+                    await self._client._write_over(self._key, value, None, self._version, within_s, urgent=True)
                     return
                 except VersionConflict:
                     seen = await self._client._look_at_lock(self._key, within_s)
