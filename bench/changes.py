@@ -2,11 +2,11 @@
 
     python bench/changes.py [--keys 100000] [--value-bytes 1000] [--callers 16] [--json FILE]
 
-Three nodes with RocksDB, N=3, QUORUM, are filled. Then a fourth joins and leaves again while
-callers read and write; then one node misses a hundredth of all keys and is repaired. Said are: calls, errors and
-latency before and during each change (a newcomer's process starts before it joins, and takes a processor for that),
-how long it took, the bytes that it moved against the share that a newcomer must get, and what the repair sent against
-what differed.
+Three nodes with RocksDB, N=3, QUORUM, are filled. While callers read and write, a fourth joins and leaves again, one is
+killed and another takes its place, and each is stopped and started in its turn. Then one node misses a hundredth of all
+keys and is repaired. Said are: calls, errors and latency before and during each change (a newcomer's process starts
+before it joins, and takes a processor for that), how long it took, the bytes that it moved against the share that a
+newcomer must get, and what the repair sent against what differed.
 """
 
 from __future__ import annotations
@@ -38,6 +38,18 @@ DIVERGENT = 0.01
 YOUNG_S = 6.0
 """Past the request deadline: what is younger may just be on its way and is no difference."""
 RECORD_HEADER = 40
+PHASES = (
+    "before",
+    "start",
+    "join",
+    "four nodes",
+    "leave",
+    "after",
+    "kill",
+    "replace",
+    "replaced",
+    "rolling restart",
+)
 
 
 class Callers:
@@ -94,7 +106,8 @@ async def measure(load: Load, callers: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="dht-bench-") as folder:
         settings = {"repair.interval_ms": "3600000"}
-        async with LocalCluster(3, Path(folder), settings=settings) as cluster, DHTClient(timeout=30.0) as client:
+        cluster = LocalCluster(3, Path(folder), settings=settings, per_node={4: {"cluster.replaces": "n2"}})
+        async with cluster, DHTClient(timeout=30.0) as client:
             await client.connect(cluster.addresses)
             await preload(client, load)
             callers_ = Callers(client, load, callers)
@@ -114,18 +127,33 @@ async def measure(load: Load, callers: int) -> dict[str, Any]:
                 found["leave"] = callers_.cut()
                 await asyncio.sleep(CALM_S)
                 found["after"] = callers_.cut()
+                await cluster.kill(2)
+                await asyncio.sleep(CALM_S)  # until it is known dead: only then it may be replaced
+                found["kill"] = callers_.cut()
+                await cluster.add_node()
+                await _changed(client, 3, "n4")
+                found["replace"] = callers_.cut()
+                await asyncio.sleep(CALM_S)
+                found["replaced"] = callers_.cut()
+                for i in (0, 1, 4):
+                    await cluster.stop_node(i)
+                    await cluster.start_node(i)
+                    await client.wait_healthy(WAIT_S)
+                found["rolling restart"] = callers_.cut()
             finally:
                 await callers_.stop()
     return found
 
 
-async def _changed(client: DHTClient, members: int) -> None:
-    """No change is under way any more, and there are so many members."""
+async def _changed(client: DHTClient, count: int, newcomer: str = "") -> None:
+    """No change is under way any more, and there are so many members, with the newcomer among them."""
     async with asyncio.timeout(WAIT_S):
         while True:
             with contextlib.suppress(DHTError):
-                topology = await client.topology()
-                if len(topology["members"]) == members and all(m["state"] == "normal" for m in topology["members"]):
+                members = (await client.topology())["members"]
+                names = [member["node_id"] for member in members]
+                normal = all(member["state"] == "normal" for member in members)
+                if len(members) == count and normal and (not newcomer or newcomer in names):
                     return
             await asyncio.sleep(0.2)
 
@@ -182,11 +210,11 @@ def _bytes(report: dict[str, Any]) -> int:
 
 
 def show(found: dict[str, Any]) -> None:
-    for name in ("before", "start", "join", "four nodes", "leave", "after"):
+    for name in PHASES:
         part = found[name]
         errors = ", ".join(f"{count} {error}" for error, count in part["errors"].items()) or "no errors"
         print(
-            f"{name:>10}  {part['seconds']:6.1f} s  {part['calls_per_s']:>7,} calls/s  p50 {part['p50_ms']} ms  "
+            f"{name:>15}  {part['seconds']:6.1f} s  {part['calls_per_s']:>7,} calls/s  p50 {part['p50_ms']} ms  "
             f"p99 {part['p99_ms']} ms  longest {part['max_ms']} ms  {errors}"
         )
     join = found["join"]

@@ -105,11 +105,12 @@ class Ledger:
                 raise FolderMismatch(f"the data folder's cluster has {what} {theirs}, the configuration says {ours}")
         raw = await self._store.get_meta(_ADDRESSES)
         known = set(_decode(raw, list[str])) if raw else set()
-        known |= {member.address for member in topology.members} | {own}
-        strangers = [address for address in config.cluster.bootstrap_nodes if address not in known]
-        if strangers:
+        known |= {member.address for member in topology.members}
+        others = [address for address in config.cluster.bootstrap_nodes if address != own]
+        # a list may name who left, and who is still to join; but one of strangers alone is another cluster's
+        if others and known.isdisjoint(others):
             raise FolderMismatch(
-                f"the data folder's cluster was formed by other peers: it does not know {', '.join(strangers)}"
+                f"the data folder's cluster was formed by other peers: it does not know {', '.join(others)}"
             )
 
     async def topology(self) -> Topology | None:

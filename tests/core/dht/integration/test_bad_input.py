@@ -118,6 +118,9 @@ async def test_a_folder_of_another_node_cluster_or_set(tmp_path: Path) -> None:
     ):
         ended = await refused(tmp_path, "--port", 0, *ANY_PORTS, *mine, *difference)
         assert ended.code == FolderMismatch.exit_code and message in ended.error
+    known = f"{running.address},127.0.0.1:1"  # as where a node is still to join, or has left
+    async with node(tmp_path, *mine, "--peers", known, storage="rocksdb") as running:
+        await serves(running)
     async with node(tmp_path, *mine, storage="rocksdb") as running:  # none of them did it any harm
         async with asking(running.data_address) as asker:
             assert (await asker.until_status(lambda status: status["ready"]))["keys"] == 1
