@@ -452,6 +452,52 @@ async def test_release_is_for_the_holder_and_once() -> None:
             await lock._acquire(wait=False)
 
 
+async def test_one_lock_object_lets_one_block_in() -> None:
+    async with Cluster(3) as cluster:
+        client = await cluster.client()
+        inside: list[int] = []
+        peak = 0
+
+        async def work(lock: Lock, number: int) -> None:
+            nonlocal peak
+            async with lock:
+                inside.append(number)
+                peak = max(peak, len(inside))
+                await asyncio.sleep(0.1)
+                inside.remove(number)
+
+        held = await client.try_lock("tried")
+        assert held is not None
+        for lock in (client.lock("l"), held):
+            ended = await asyncio.gather(*(work(lock, n) for n in range(3)), return_exceptions=True)
+            assert sorted(type(end).__name__ for end in ended) == ["InvalidRequest", "InvalidRequest", "NoneType"]
+            assert peak == 1 and not lock.held
+            with pytest.raises(InvalidRequest, match="entered before"):
+                await work(lock, 9)
+        async with client.lock("nested") as lock:
+            with pytest.raises(InvalidRequest, match="entered before"):
+                async with lock:
+                    raise AssertionError
+            lock.check()  # whose block goes on
+
+
+async def test_who_lost_a_lock_cannot_show_it_though_nobody_has_followed() -> None:
+    async with Cluster(3) as cluster:
+        clock = Clock()
+        client = await cluster.client(clock=clock)
+        lock = await client.try_lock("l", ttl=10)
+        assert lock is not None
+        await client.put("k", b"1", fence=lock)
+        fence = lock.fence
+        clock.slept_s += 11.0
+        with pytest.raises(LockLost):
+            await client.put("k", b"2", fence=lock)
+        with pytest.raises(LockLost):
+            assert lock.fence
+        assert await client.get("k") == b"1"
+        await client.put("k", b"3", fence=fence)  # which tells only of what followed
+
+
 async def test_a_holder_whose_record_was_taken_does_not_release_the_next_ones() -> None:
     async with Cluster(3) as cluster:
         clock = Clock()
@@ -467,13 +513,13 @@ async def test_a_holder_whose_record_was_taken_does_not_release_the_next_ones() 
         assert await waiter.get_entry("lock:l") == before
         # yet what was written under the later one is safe
         await waiter.put("k", b"new", fence=taken)
-        with pytest.raises(FenceRejected):
+        with pytest.raises(LockLost):
             await holder.put("k", b"old", fence=lock)
         with pytest.raises(FenceRejected):
             await holder.put("k", b"old", fence=Fence("l", lock.token))
         assert await waiter.delete("k", fence=taken)
         with pytest.raises(FenceRejected):
-            await holder.put("k", b"old", fence=lock)
+            await holder.put("k", b"old", fence=Fence("l", lock.token))
         assert await holder.get("k") is None
 
 
@@ -638,6 +684,9 @@ def test_a_lock_for_threads(nodes: ThreadedCluster) -> None:
         with pytest.raises(FenceRejected):
             client.put("k", b"late", fence=lock)
         with second:
+            second.check()
+            with pytest.raises(InvalidRequest, match="entered before"), second:
+                raise AssertionError
             second.check()
         with pytest.raises(InvalidRequest):
             second.release()

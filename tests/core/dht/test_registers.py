@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -101,6 +102,38 @@ async def test_update_applies_every_change_once() -> None:
         assert found is not None and sorted(found) == list(range(24))
         assert await clients[0].update("set", lambda value: None) is None
         assert await clients[0].get("set") is None
+
+
+async def test_an_update_that_is_overtaken_ends_in_its_time_with_the_version_that_was_in_its_way() -> None:
+    async with Cluster(3) as cluster:
+        client, other = await cluster.client(), await cluster.client(host="other")
+
+        def rule(src: str, dst: str, message: object) -> tuple[float, ...] | None:
+            slow = isinstance(message, Update) and src == "client" and message.ops[0].kind == PUT
+            return (0.05,) if slow else None
+
+        cluster.rule(rule)
+        written: list[int] = []
+
+        async def write() -> None:
+            while True:
+                written.append(await other.put("k", b"theirs", if_version=written[-1]))
+                await asyncio.sleep(0.005)
+
+        written.append(await other.put("k", b"theirs", if_absent=True))
+        writer = asyncio.create_task(write())
+        seen: list[bytes | None] = []
+
+        def change(value: bytes | None) -> bytes:
+            seen.append(value)
+            return b"ours"
+
+        began = time.monotonic()
+        with pytest.raises(VersionConflict) as caught:
+            await client.update("k", change, timeout=0.8)
+        assert time.monotonic() - began < 0.8
+        assert caught.value.version in written and len(seen) > 2 and set(seen) == {b"theirs"}
+        writer.cancel()
 
 
 async def test_plain_calls_of_such_a_key_go_through_consensus() -> None:

@@ -115,6 +115,22 @@ async def test_a_second_try_that_cannot_know_says_so() -> None:
         heard()
 
 
+@pytest.mark.parametrize("way", ["fenced get", "update"])
+async def test_a_look_has_no_outcome_that_later_operations_could_hide(way: str) -> None:
+    async with Cluster(3) as cluster:
+        client = await connected(cluster)
+        key = key_of(1, cluster)
+        lock = await client.try_lock("l", ttl=60)
+        assert lock is not None
+        for _ in range(WINDOW + 1):
+            await client.incr(key)
+        silence(cluster, 1)
+        if way == "update":
+            assert await client.update(key, lambda value: (value or b"") + b"!") == b"%d!" % (WINDOW + 1)
+        else:
+            assert await client.get(key, fence=lock) == b"%d" % (WINDOW + 1)
+
+
 async def test_an_unknown_outcome_of_a_bound_write_is_found_out_elsewhere() -> None:
     async with Cluster(3) as cluster:
         client = await connected(cluster)

@@ -519,17 +519,18 @@ class DHTClient(MembershipCalls, LockCalls):
     def _open(
         self, kind: Kind, level: Consistency, ttl_ms: int, timeout: float | None, urgent: bool = False
     ) -> OpenBatch:
-        timeout_s = self._timeout_s if timeout is None else _check_timeout(timeout)
-        began = self._clock.monotonic() if urgent else self._admit()
-        return OpenBatch(kind, level, began + timeout_s, ttl_ms, self._ended)
+        if not urgent:
+            self._admit()
+        return OpenBatch(kind, level, self._until(timeout), ttl_ms, self._ended)
 
-    def _admit(self) -> float:
-        """The time, at which a call may begin. Raises ClientClosed, Overloaded."""
-        self._live()
-        now = self._clock.monotonic()
-        if not self._admission.admits(now):
+    def _admit(self) -> None:
+        """Raises Overloaded where a call may not begin."""
+        if not self._admission.admits(self._clock.monotonic()):
             raise Overloaded(f"{self._admission.pending} calls wait for the cluster already")
-        return now
+
+    def _until(self, timeout: float | None) -> float:
+        self._live()
+        return self._clock.monotonic() + (self._timeout_s if timeout is None else _check_timeout(timeout))
 
     def _submit(self, batch: Batch) -> None:
         assert self._session is not None
@@ -635,6 +636,7 @@ class DHTClient(MembershipCalls, LockCalls):
         consistency: Consistency | str | None,
         timeout: float | None,
     ) -> list[Any]:
+        self._live()
         self._admit()
         keys = [encode_key(name) for name in names]
         if values is not None:
@@ -643,8 +645,7 @@ class DHTClient(MembershipCalls, LockCalls):
         if not keys:
             return []
         sink = Gathered(len(keys), self._ended)
-        timeout_s = self._timeout_s if timeout is None else _check_timeout(timeout)
-        deadline = self._clock.monotonic() + timeout_s
+        deadline = self._until(timeout)
         for first, last in spans(keys, values):
             batch = Batch(kind, level, deadline, ttl_ms, sink)
             batch.keys = keys[first:last]

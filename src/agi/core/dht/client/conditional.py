@@ -12,7 +12,8 @@ import abc
 import secrets
 from collections.abc import Callable
 
-from agi.core.dht.errors import InvalidRequest, VersionConflict, from_wire
+from agi.core.dht.clock import Clock
+from agi.core.dht.errors import InvalidRequest, Unavailable, VersionConflict, from_wire
 from agi.core.dht.protocol.consensus import (
     ADD,
     ANYHOW,
@@ -31,12 +32,18 @@ from agi.core.dht.protocol.record import HEADER, hlc_of
 from agi.core.dht.types import Fence, Fencing, check_value, encode_key, lock_key, ttl_to_ms
 
 Change = Callable[[bytes | None], bytes | None]
-UPDATE_TRIES_MAX = 1000
-"""How often `update` may be overtaken before it gives up."""
+UPDATE_PARTS = 8
+"""Steps of `update` have whole parts of its time, so that those of many callers travel together (equal timeouts do)."""
 
 
 class ConditionalCalls(abc.ABC):
     """What `DHTClient` offers of them."""
+
+    _clock: Clock
+
+    @abc.abstractmethod
+    def _until(self, timeout: float | None) -> float:
+        """The monotonic time at which a call that begins now has to end. Raises InvalidRequest, ClientClosed."""
 
     @abc.abstractmethod
     async def _operate(self, op: Op, timeout: float | None, urgent: bool = False) -> OpResult:
@@ -81,23 +88,36 @@ class ConditionalCalls(abc.ABC):
         self, key: str, change: Change, *, ttl_seconds: float | None = None, timeout: float | None = None
     ) -> bytes | None:
         """Stores what `change` makes of the key's value (None: absent, and deletes), once nothing has come between;
-        returns it. `change` is called anew each time that something has, so it must have no other effects.
+        returns it. `change` is called anew each time that something has, so it must have no other effects. It is all
+        one call: `timeout` is for every try together.
 
-        Raises what `change` raises; else as `compare_and_set`.
+        Raises what `change` raises; VersionConflict where others were faster until the time was over; else as
+        `compare_and_set`.
         """
-        for _ in range(UPDATE_TRIES_MAX):
-            found = await self._look(key, timeout)
+        until = self._until(timeout)
+        part_s = (until - self._clock.monotonic()) / UPDATE_PARTS
+
+        def left_s() -> float:
+            return max(0.0, (until - self._clock.monotonic()) // part_s * part_s)
+
+        step: float | None = timeout
+        conflict: VersionConflict | None = None
+        while step != 0:
+            found = await self._look(key, step)
             value = None if found is None else found[HEADER:]
             wanted = change(value)
             if wanted is None and value is None:
                 return None
             version = 0 if found is None else hlc_of(found)
+            step = left_s()
             try:
-                await self._write_over(key, wanted, ttl_seconds, version, timeout)
-            except VersionConflict:
-                continue
-            return wanted
-        raise VersionConflict(f"others were faster {UPDATE_TRIES_MAX} times")
+                if step:
+                    await self._write_over(key, wanted, ttl_seconds, version, step)
+                    return wanted
+            except VersionConflict as error:
+                conflict = error
+                step = left_s()
+        raise conflict or Unavailable("the time was over before anything was written")
 
     async def _write_over(
         self,
@@ -139,7 +159,7 @@ class ConditionalCalls(abc.ABC):
 
 
 def fence_of(fencing: Fencing | None) -> tuple[bytes, int] | None:
-    """A fence as operations carry it. Raises InvalidRequest."""
+    """A fence as operations carry it. Raises InvalidRequest; LockLost for a lock that was lost."""
     if fencing is None:
         return None
     fence = getattr(fencing, "fence", None)

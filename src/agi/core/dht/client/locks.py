@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from agi.core.dht.client.conditional import ConditionalCalls
 from agi.core.dht.client.routing import by_key
-from agi.core.dht.clock import Clock
 from agi.core.dht.errors import (
     ClientClosed,
     DHTError,
@@ -57,6 +56,7 @@ STEP_S_MAX = 5.0
 """For one read or write."""
 SEEN_MAX = 1024
 """Locks of which a client remembers what it saw."""
+RELEASED = "was released"
 WAIT_S_MAX = 366 * 24 * 3600.0
 
 
@@ -70,8 +70,6 @@ class _Seen(NamedTuple):
 
 class LockCalls(ConditionalCalls):
     """What `DHTClient` offers of them."""
-
-    _clock: Clock
 
     def __init__(self) -> None:
         self._seen: OrderedDict[str, _Seen] = OrderedDict()
@@ -172,6 +170,7 @@ class Lock:
         self._timeout = timeout
         self._holder = f"{socket.gethostname()[:64]}:{os.getpid()}:{secrets.token_hex(8)}"
         self._used = False
+        self._entered = False
         self._over = ""
         """Why it is not held any more; `_lost`: not by its holder's will."""
         self._lost = False
@@ -197,8 +196,12 @@ class Lock:
 
     @property
     def fence(self) -> Fence:
-        """What `put`, `delete` and `get` take as `fence`, to be passed on to other processes. Raises as `token`."""
-        return Fence(self.name, self.token)
+        """What `put`, `delete` and `get` take as `fence`, to be passed on to other processes. Raises as `token`;
+        LockLost once it was lost."""
+        fence = Fence(self.name, self.token)
+        if self._over != RELEASED:  # who lost it is told so, even while nobody has followed yet
+            self.check()
+        return fence
 
     @property
     def held(self) -> bool:
@@ -220,12 +223,12 @@ class Lock:
         if not self._token or (self._over and not self._lost):
             raise InvalidRequest(f"the lock {self.name!r} {self._why()}")
         self.check()
-        self._over = "was released"
+        self._over = RELEASED
         # whoever cancels this call cannot mean that the lock stays taken
         await asyncio.shield(self._client._own_task(self._give_back(), f"release {self._key}"))
 
     async def __aenter__(self) -> Self:
-        if self._token:  # from try_lock
+        if self._enter():
             self.check()
         elif not await self._acquire(wait=True):
             raise LockHeld(self._in_vain())
@@ -244,6 +247,13 @@ class Lock:
                 raise LockLost(f"the lock {self.name!r} {self._why()}") from error
             return
         await self._leave(failed=kind is not None)
+
+    def _enter(self) -> bool:
+        """Whether it is held already, from `try_lock`; of those who enter at once, the others must not think so."""
+        if self._entered:
+            raise InvalidRequest(f"the block of the lock {self.name!r} was entered before: call lock() for each")
+        self._entered = True
+        return bool(self._token)
 
     async def _leave(self, *, failed: bool) -> None:
         """The end of a block, which has `failed` with an error of its own."""

@@ -59,7 +59,7 @@ class SyncLock:
             raise
 
     def __enter__(self) -> Self:
-        if self._lock._token:  # from try_lock
+        if self._lock._enter():
             self.check()
         elif not self.acquire(wait=True):
             raise LockHeld(self._lock._in_vain())
