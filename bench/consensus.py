@@ -5,9 +5,10 @@
 Speed: three nodes, N=3, the same callers one after the other: each puts to a key of its own, then compares and sets,
 increments, and takes and gives back a lock; rounds take turns, medians are said. Nobody else wants the keys.
 
-Isolation, in a network namespace of the run's own (skipped where the machine allows none): 32 callers compare and set
-keys of their own without a pause. One node after the other is cut off from everybody, without a word to anybody, and
-comes back. Said is, over all callers and isolations, the longest time of each without an answer that it was done.
+Isolation, in a network namespace of the run's own (skipped where the machine allows none): 24 callers of each form of
+compare-and-set (bound to a version; by value; increments) change keys of their own without a pause. One node after the
+other is cut off from everybody, without a word to anybody, and comes back. Said is, for each form, over all its callers
+and isolations, the longest time of each without an answer that it was done.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ from agi.core.dht.errors import DHTError, VersionConflict
 from agi.core.dht.local import LocalCluster
 from agi.core.dht.testing.chaos.network import CLIENTS, Network, namespace, obstacle, unshare
 from agi.core.dht.testing.chaos.nodes import Nodes
+from agi.core.dht.types import Consistency
 
 CALLERS = (1, 32, 256)
 VALUE = b"x" * 100
 CUT_OFF_S, CALM_S = 6.0, 4.0
 FORM_S = 60.0
 CALL_TIMEOUT_S = 2.0
+FORM_CALLERS = 24
 Call = Callable[[int], Awaitable[object]]
 
 
@@ -105,13 +108,77 @@ async def speed(storage: str, rounds: int, seconds: float) -> dict[str, Any]:
     }
 
 
+def forms(client: DHTClient) -> dict[str, Call]:
+    """Compare-and-set in each of its forms; a call may find that the one before took effect after all."""
+    versions: dict[int, int] = {}
+    values: dict[int, bytes | None] = {}
+
+    async def by_version(number: int) -> None:
+        key = f"version:{number}"
+        try:
+            versions[number] = (
+                await client.put(key, VALUE, if_version=versions[number])
+                if number in versions
+                else await client.put(key, VALUE, if_absent=True)
+            )
+        except VersionConflict as conflict:
+            versions[number] = conflict.version
+            raise
+
+    async def by_value(number: int) -> None:
+        key, before = f"value:{number}", values.get(number)
+        after = b"%d" % (int(before or b"0") + 1)
+        try:
+            await client.compare_and_set(key, before, after)
+        except VersionConflict:
+            values[number] = await client.get(key, consistency=Consistency.LINEARIZABLE)
+            raise
+        values[number] = after
+
+    return {
+        "bound to a version": by_version,
+        "by value": by_value,
+        "increment": lambda number: client.incr(f"counter:{number}"),
+    }
+
+
+class Waits:
+    """How long callers of one form went without a call that was done."""
+
+    def __init__(self) -> None:
+        self._done = [time.perf_counter()] * FORM_CALLERS
+        self._longest = [0.0] * FORM_CALLERS
+        self.errors: Counter[str] = Counter()
+
+    async def call(self, form: Call, number: int) -> None:
+        """Calls without a pause, for ever."""
+        while True:
+            try:
+                await form(number)
+            except VersionConflict:  # an earlier try of unknown outcome was done after all
+                continue
+            except DHTError as error:
+                self.errors[type(error).__name__] += 1
+                continue
+            now = time.perf_counter()
+            self._longest[number] = max(self._longest[number], now - self._done[number])
+            self._done[number] = now
+
+    def cut(self) -> list[float]:
+        """The longest of each caller since the last cut, the one under way with it."""
+        now = time.perf_counter()
+        found = [max(gap, now - at) for gap, at in zip(self._longest, self._done, strict=True)]
+        self._longest = [0.0] * FORM_CALLERS
+        return found
+
+
 async def isolation(count: int, came_from: str) -> dict[str, Any]:
     """The longest wait of each caller in each isolation, seen from the side of the majority."""
     network = Network(came_from)
     await network.open()
-    gaps: list[float] = []
-    errors: Counter[str] = Counter()
-    calm: list[float] = []
+    gaps: dict[str, list[float]] = {}
+    calm: dict[str, list[float]] = {}
+    waits: dict[str, Waits] = {}
     with tempfile.TemporaryDirectory() as folder:
         died: list[str] = []
         nodes = Nodes(Path(folder), network, lambda name, what: died.append(f"{name}: {what}"), lambda name, what: None)
@@ -125,45 +192,30 @@ async def isolation(count: int, came_from: str) -> dict[str, Any]:
         try:
             await client.connect(nodes.first, timeout=FORM_S)
             await client.wait_healthy(timeout=FORM_S)
-            done = [time.perf_counter()] * 32
-            longest = [0.0] * 32
-
-            async def caller(number: int) -> None:
-                key, version = f"cas:{number}", 0
-                while True:
-                    try:
-                        version = (
-                            await client.put(key, VALUE, if_version=version)
-                            if version
-                            else await client.put(key, VALUE, if_absent=True)
-                        )
-                    except VersionConflict as conflict:  # an earlier try of unknown outcome was done after all
-                        version = conflict.version
-                        continue
-                    except DHTError as error:
-                        errors[type(error).__name__] += 1
-                        continue
-                    now = time.perf_counter()
-                    longest[number] = max(longest[number], now - done[number])
-                    done[number] = now
-
-            callers = [asyncio.create_task(caller(number)) for number in range(32)]
+            callers = []
+            for name, form in forms(client).items():
+                waits[name] = Waits()
+                callers += [asyncio.create_task(waits[name].call(form, number)) for number in range(FORM_CALLERS)]
             await asyncio.sleep(CALM_S)
             for number in range(count):
-                longest[:] = [0.0] * 32
+                for each in waits.values():
+                    each.cut()
                 await asyncio.sleep(CALM_S)
-                calm += longest
+                for form_name, each in waits.items():
+                    calm.setdefault(form_name, []).extend(each.cut())
                 name = f"n{number % 3}"
                 others = [other for other in (*nodes.all, CLIENTS) if other != name]
                 cuts = [(name, other) for other in others] + [(other, name) for other in others]
-                longest[:] = [0.0] * 32
                 await network.cut(cuts)
                 await asyncio.sleep(CUT_OFF_S)
-                now = time.perf_counter()
-                gaps += [max(gap, now - at) for gap, at in zip(longest, done, strict=True)]
+                worst = []
+                for form_name, each in waits.items():
+                    found = each.cut()
+                    gaps.setdefault(form_name, []).extend(found)
+                    worst.append(f"{form_name} {max(found):.2f} s")
                 await network.mend(cuts)
                 await client.wait_healthy(timeout=FORM_S)
-                print(f"isolation {number + 1} of {count}: {max(gaps[-32:]):.2f} s", file=sys.stderr, flush=True)
+                print(f"isolation {number + 1} of {count}: {', '.join(worst)}", file=sys.stderr, flush=True)
             for task in callers:
                 task.cancel()
             await asyncio.gather(*callers, return_exceptions=True)
@@ -176,18 +228,21 @@ async def isolation(count: int, came_from: str) -> dict[str, Any]:
             await network.close()
         if died:
             raise SystemExit(f"nodes died: {died}")
-    gaps.sort()
-    calm.sort()
     return {
         "isolations": count,
-        "callers": 32,
-        "longest_wait_s": {
-            name: round(_quantile(gaps, share), 3) for name, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))
+        "callers of each form": FORM_CALLERS,
+        "timeout_s": CALL_TIMEOUT_S,
+        "forms": {
+            name: {
+                "longest_wait_s": {
+                    of: round(_quantile(sorted(found), share), 3)
+                    for of, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
+                },
+                "longest_wait_before_s": round(max(calm[name]), 3),
+                "errors": dict(waits[name].errors),
+            }
+            for name, found in gaps.items()
         },
-        "longest_wait_before_s": {
-            name: round(_quantile(calm, share), 3) for name, share in (("p50", 0.5), ("max", 1.0))
-        },
-        "errors": dict(errors),
     }
 
 
@@ -203,7 +258,17 @@ def show(found: dict[str, Any]) -> None:
                 f"{name:>16}  {callers:>7}  {row['per_s']:>9,.0f}  {share:>6.2f}  {row['p50_ms']:>7.2f}"
                 f"  {row['p99_ms']:>7.2f}  {times:>10.2f}"
             )
-    print("\none node of three cut off: " + json.dumps(found["isolation"]))
+    isolated = found["isolation"]
+    if isinstance(isolated, str):
+        print(f"\none node of three cut off: {isolated}")
+        return
+    print("\none node of three cut off, longest wait in s:")
+    for name, row in isolated["forms"].items():
+        waits, errors = row["longest_wait_s"], row["errors"] or "no errors"
+        print(
+            f"{name:>20}  p50 {waits['p50']}  p90 {waits['p90']}  p99 {waits['p99']}  longest {waits['max']}  "
+            f"before {row['longest_wait_before_s']}  {errors}"
+        )
 
 
 def main() -> None:
