@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 WORKERS ?= 2
 STORAGE ?= memory,rocksdb
 
-.PHONY: run test bench bench-consensus bench-growth bench-overload bench-peers sim sim-mutants sim-scale chaos check format proto lock system-packages clean help
+.PHONY: run test bench bench-consensus bench-growth bench-overload bench-peers profile sim sim-mutants sim-scale chaos check format proto lock system-packages clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -49,6 +49,11 @@ bench-consensus: $(STAMP) system-packages  ## compare-and-set, counters, locks b
 
 bench-overload: $(STAMP)  ## three times the load that it can carry, then half: SECONDS, JSON
 	@$(BIN)/python bench/overload.py --seconds $(or $(SECONDS),15) $(if $(JSON),--json $(JSON))
+
+profile: $(STAMP)  ## where an operation's microseconds go, by py-spy: STORAGE, SECONDS, DOCS=docs/performance.md, JSON
+	@$(BIN)/py-spy --version >/dev/null 2>&1 || $(BIN)/pip install -q --disable-pip-version-check "py-spy>=0.4"
+	@$(BIN)/python bench/where.py --storage $(STORAGE) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(DOCS),--docs $(DOCS)) \
+	  $(if $(JSON),--json $(JSON))
 
 bench-growth: $(STAMP)  ## cost as work grows: DIMENSIONS=nodes,keys, KEYS_MAX=10000000, QUICK=1, JSON=file, DOCS=docs/growth.md
 	@$(BIN)/python -m bench.growth $(if $(QUICK),--quick) $(if $(DIMENSIONS),--dimensions $(DIMENSIONS)) \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +83,16 @@ def test_every_error_has_a_meaning() -> None:
 
 def test_catalogue_is_current() -> None:
     assert (REPOSITORY / "docs/errors.md").read_text(encoding="utf-8") == CATALOGUE["catalogue"]()
+
+
+def test_the_grpc_contract_lists_every_code() -> None:
+    contract = (REPOSITORY / "src/agi/core/dht/proto/dht.proto").read_text(encoding="utf-8")
+    listed = re.search(r"// Stable number of the kind of error: ([^;]*?)  uint32 code = 1;", contract)
+    assert listed is not None
+    codes: list[int] = []
+    for first, last in re.findall(r"\b(\d+)(?:-(\d+))?\b", listed[1]):
+        codes += range(int(first), int(last or first) + 1)
+    assert set(codes) == {kind.code for kind in KINDS}
 
 
 def test_codes_are_stable_and_unique() -> None:

@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 
 from agi.core.dht import service as service_module
 from agi.core.dht import service_health
-from agi.core.dht.errors import DHTError
+from agi.core.dht.errors import DHTError, FenceRejected
 from agi.core.dht.node import Node
 from agi.core.dht.proto import dht_pb2 as pb
 from agi.core.dht.proto.dht_pb2_grpc import DHTStub
@@ -38,7 +38,7 @@ from agi.core.dht.protocol.record import hlc_of
 from agi.core.dht.service import Service
 from agi.core.dht.service_messages import BATCH_KEYS_MAX, CLIENT_ID_BYTES_MAX, cursor_of
 from agi.core.dht.transport.grpc import CHANNEL_OPTIONS, SERVER_OPTIONS
-from agi.core.dht.types import KEY_BYTES_MAX, SCAN_LIMIT_MAX, TTL_MS_MAX, VALUE_BYTES_MAX, Consistency
+from agi.core.dht.types import KEY_BYTES_MAX, SCAN_LIMIT_MAX, TTL_MS_MAX, VALUE_BYTES_MAX, Consistency, Fence
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
@@ -194,7 +194,27 @@ async def test_levels_count_the_replicas_and_have_their_defaults_from_the_config
 
 LONG = "k" * (KEY_BYTES_MAX + 1)
 BIG = b"x" * (VALUE_BYTES_MAX + 1)
+BAD_FENCES = [
+    (pb.Fence(), 11),
+    (pb.Fence(token=1), 11),
+    (pb.Fence(lock="x" * (KEY_BYTES_MAX - 4), token=1), 11),  # with `lock:` one byte more than a key may have
+    (pb.Fence(lock="l"), 10),
+    (pb.Fence(lock="l", token=1 << 63), 10),
+    (pb.Fence(lock="l", token=2**64 - 1), 10),
+]
 REFUSALS: list[tuple[str, Any, int]] = [
+    *[("Get", pb.GetRequest(key="k", fence=fence), code) for fence, code in BAD_FENCES],
+    *[("Put", pb.PutRequest(key="k", fence=fence), code) for fence, code in BAD_FENCES],
+    *[("Put", pb.PutRequest(key="k", if_absent=True, fence=fence), code) for fence, code in BAD_FENCES],
+    *[("Delete", pb.DeleteRequest(key="k", fence=fence), code) for fence, code in BAD_FENCES],
+    ("Get", pb.GetRequest(fence=pb.Fence(lock="l", token=1)), 11),
+    ("Get", pb.GetRequest(key="k", fence=pb.Fence(lock="l", token=1), consistency=5), 14),  # type: ignore[arg-type]
+    ("Put", pb.PutRequest(key="k", fence=pb.Fence(lock="l", token=1), value=BIG), 12),
+    ("Put", pb.PutRequest(key="k", fence=pb.Fence(lock="l", token=1), ttl_ms=TTL_MS_MAX + 1), 13),
+    ("Put", pb.PutRequest(key="k", fence=pb.Fence(lock="l", token=1), if_version=0), 10),
+    ("Put", pb.PutRequest(key="k", fence=pb.Fence(lock="l", token=1), if_version=1, if_absent=True), 10),
+    ("Put", pb.PutRequest(key="k", fence=pb.Fence(lock="l", token=1), retry=True), 10),
+    ("Delete", pb.DeleteRequest(key="k", fence=pb.Fence(lock="l", token=1), if_version=0), 10),
     ("Get", pb.GetRequest(), 11),
     ("Get", pb.GetRequest(key=LONG), 11),
     ("Get", pb.GetRequest(key="é" * (KEY_BYTES_MAX // 2 + 1)), 11),
@@ -459,10 +479,11 @@ async def test_compare_and_set_looks_at_the_value() -> None:
 
 async def test_a_counter_counts() -> None:
     async with Cluster(3) as cluster, serving(cluster.node(0)) as served, serving(cluster.node(1)) as other:
-        seen = await asyncio.gather(*(served.add("n") for _ in range(10)), *(other.add("n") for _ in range(10)))
-        assert sorted(seen) == list(range(1, 21))
+        # no more than a value remembers: past that, one that was overtaken may end in OutcomeUnknown
+        seen = await asyncio.gather(*(served.add("n") for _ in range(8)), *(other.add("n") for _ in range(8)))
+        assert sorted(seen) == list(range(1, 17))
         answer = await served.stub.Increment(
-            pb.IncrementRequest(key="n", delta=-30, ttl_ms=3_600_000), timeout=PATIENT_S
+            pb.IncrementRequest(key="n", delta=-26, ttl_ms=3_600_000), timeout=PATIENT_S
         )
         got = (await other.get("n")).record
         assert (answer.value, answer.version) == (-10, got.version) and got.value == b"-10" and got.expires_at_ms
@@ -606,6 +627,159 @@ async def test_an_operation_whose_caller_is_gone_is_remembered_all_the_same() ->
         heal()
         assert await served.add("n", **pair) == 1
         assert (await served.get("n")).record.value == b"1"
+
+
+# --- fences
+
+
+def fence(token: int, lock: str = "l") -> pb.Fence:
+    return pb.Fence(lock=lock, token=token)
+
+
+async def refused_for_ever(served: Served, key: str, shown: pb.Fence, status: grpc.StatusCode, code: int) -> None:
+    """Whatever shows this fence is refused, and the key stays as it is."""
+    level = Consistency.LINEARIZABLE
+    before = await served.get(key, consistency=level)
+    for call in (
+        served.put(key, b"late", fence=shown),
+        served.put(key, b"late", fence=shown, if_absent=True),
+        served.put(key, b"late", fence=shown, if_version=before.record.version or 1),
+        served.put(key, b"late", fence=shown, client_id="late", sequence=shown.token),
+        served.delete(key, fence=shown),
+        served.get(key, fence=shown),
+    ):
+        got, detail = await failure(call)
+        assert (got, detail.code, detail.retryable, detail.current_version) == (status, code, False, 0), detail
+    assert await served.get(key, consistency=level) == before
+
+
+async def test_who_was_handed_the_token_of_a_lock_is_refused_once_another_has_been_there() -> None:
+    async with Cluster(3) as cluster, serving(cluster.node(0)) as served, serving(cluster.node(1)) as other:
+        client = await cluster.client()
+        async with client.lock("l", ttl=30) as lock:
+            former = fence(lock.token)
+            first = await served.put("k", b"1", fence=former, ttl_ms=3_600_000)
+            got = (await other.get("k", fence=former)).record
+            assert (got.value, got.version) == (b"1", first)
+            assert got.expires_at_ms - got.updated_at_ms in range(3_599_000, 3_601_000)
+        async with client.lock("l", ttl=30) as lock:
+            second = await other.put("k", b"2", fence=fence(lock.token))
+            assert second > first
+            await refused_for_ever(served, "k", former, FAILED, 44)
+            with pytest.raises(FenceRejected):  # it is one mark for all clients
+                await client.put("k", b"late", fence=Fence("l", former.token))
+            await client.put("k", b"3", fence=lock)
+            assert await served.put("k", b"4", fence=fence(lock.token)) > second
+            assert (await other.get("k")).record.value == b"4"
+
+
+async def test_the_fence_of_another_lock_is_refused() -> None:
+    async with Cluster(3) as cluster, serving(cluster.node(0)) as served, serving(cluster.node(1)) as other:
+        await served.put("k", b"1", fence=fence(5))
+        for token in (4, 5, 99):
+            await refused_for_ever(other, "k", fence(token, "nobody's"), INVALID, 17)
+        await served.put("k", b"2", fence=fence(5))
+        await other.put("k", b"3")  # nothing is asked of who shows nothing
+        await refused_for_ever(other, "k", fence(99, "nobody's"), INVALID, 17)
+        assert (await served.get("k")).record.value == b"3"
+
+
+async def test_a_get_with_a_fence_shuts_former_holders_out() -> None:
+    async with Cluster(3) as cluster, serving(cluster.node(0)) as served, serving(cluster.node(1)) as other:
+        version = await served.put("k", b"1", fence=fence(5))
+        got = await other.get("k", fence=fence(9))
+        assert got == await served.get("k") and (got.record.value, got.record.version) == (b"1", version)
+        await refused_for_ever(served, "k", fence(8), FAILED, 44)
+        assert await served.get("nothing", fence=fence(9)) == pb.GetResponse()
+        await refused_for_ever(other, "nothing", fence(8), FAILED, 44)
+        assert await other.put("k", b"2", fence=fence(9), if_version=version) > version
+
+
+async def test_a_get_with_a_fence_sees_what_was_written_whatever_its_level() -> None:
+    async with Cluster(3) as cluster, serving(cluster.node(0)) as served, serving(cluster.node(1)) as other:
+        cluster.rule(lambda src, dst, message: LOST if isinstance(message, ReplicaWrite) and dst == "n0" else None)
+        version = await other.put("k", b"1", consistency=Consistency.QUORUM)
+        assert cluster.held("k")[0] is None
+        assert not (await served.get("k", consistency=Consistency.ONE)).found
+        got = await served.get("k", consistency=Consistency.ONE, fence=fence(1))
+        assert (got.record.value, got.record.version) == (b"1", version)
+
+
+async def test_a_delete_with_a_fence_leaves_the_mark() -> None:
+    async with Cluster(3) as cluster, serving(cluster.node(0)) as served, serving(cluster.node(1)) as other:
+        version = await served.put("k", b"1", fence=fence(5))
+        status, detail = await failure(other.delete("k", fence=fence(9), if_version=version - 1))
+        assert (status, detail.code, detail.current_version) == (FAILED, 43, version)
+        assert await other.delete("k", fence=fence(9), if_version=version)
+        assert not (await served.get("k")).found
+        await refused_for_ever(served, "k", fence(8), FAILED, 44)
+        assert not await served.delete("k", fence=fence(10))
+        await refused_for_ever(other, "k", fence(9), FAILED, 44)
+
+
+async def test_a_condition_may_stand_beside_a_fence_and_a_conflict_leaves_no_mark(one: Served) -> None:
+    first = await one.put("k", b"1", fence=fence(5), if_absent=True)
+    for more in ({"if_absent": True}, {"if_version": first + 1}):
+        status, detail = await failure(one.put("k", b"x", fence=fence(9), **more))
+        assert (status, detail.code, detail.current_version) == (FAILED, 43, first)
+    assert await one.put("k", b"2", fence=fence(5), if_version=first) > first
+    assert (await one.get("k")).record.value == b"2"
+
+
+async def test_a_repeated_write_with_a_fence_takes_effect_once() -> None:
+    async with Cluster(3) as cluster, serving(cluster.node(0)) as served, serving(cluster.node(1)) as other:
+        pair: dict[str, Any] = {"client_id": "alice", "sequence": 1}
+        version = await served.put("k", b"1", fence=fence(5), **pair)
+        status, detail = await failure(served.put("k", b"1", fence=fence(6), **pair))  # another call
+        assert (status, detail.code) == (INVALID, 10)
+        newer = await other.put("k", b"2", fence=fence(9))
+        for again in (served, other):
+            assert await again.put("k", b"1", fence=fence(5), retry=True, **pair) == version  # as it answered then
+        assert (await served.get("k")).record.version == newer
+        pair["sequence"] = 2
+        for again in (served, other):
+            assert await again.delete("k", fence=fence(9), retry=True, **pair)
+
+
+@pytest.mark.parametrize(("lock", "refusal"), [("l", (FAILED, 44)), ("another", (INVALID, 17))])
+async def test_a_fence_that_is_refused_says_that_no_earlier_try_took_effect(
+    lock: str, refusal: tuple[grpc.StatusCode, int]
+) -> None:
+    async with Cluster(3) as cluster, serving(cluster.node(0)) as served, serving(cluster.node(1)) as other:
+        late: dict[str, Any] = {"client_id": "alice", "sequence": 1, "fence": fence(5, lock)}
+        heal = cluster.rule(lose(RegisterAccept))
+        assert (await failure(served.put("k", b"1", timeout=0.6, **late)))[1].code == 40
+        heal()
+        heal = cluster.rule(lambda src, dst, m: LOST if isinstance(m, RegisterPrepare) and dst == "n0" else None)
+        await other.put("k", b"2", fence=fence(9))  # by those who have not heard of it
+        heal()
+        for _ in range(2):
+            status, detail = await failure(served.put("k", b"1", **late))
+            assert (status, detail.code) == refusal
+            for _ in range(WINDOW):  # they would hide one that may have taken effect
+                await other.put("k", b"3", fence=fence(9))
+        assert (await served.get("k")).record.value == b"3"
+
+
+@pytest.mark.parametrize("lost", [RegisterPromises, RegisterAccept])
+async def test_a_get_with_a_fence_that_fails_may_be_repeated(
+    lost: type[Message], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Cluster(3) as cluster, serving(cluster.node(0)) as served:
+        node = cluster.node(0)
+        node.stopping = True
+        status, detail = await failure(served.get("k", fence=fence(1)))
+        assert (status, detail.code, detail.retryable) == (UNAVAILABLE, 31, True)
+        node.stopping = False
+        heal = cluster.rule(lose(lost))
+        status, detail = await failure(served.get("k", timeout=0.6, fence=fence(1)))
+        assert (status, detail.code, detail.retryable) == (UNAVAILABLE, 30, True)
+        with monkeypatch.context() as patch:
+            patch.setattr(node.coordinator, "advance", lambda now: None)
+            status, detail = await failure(served.get("k", timeout=0.6, fence=fence(1)))
+            assert (status, detail.code, detail.message) == (UNAVAILABLE, 30, "no answer by the deadline")
+        heal()
+        assert not (await served.get("k", fence=fence(1))).found
 
 
 # --- deadlines, cancellation, bounds

@@ -8,8 +8,9 @@ Writes are named for the coordinator's table of requests (protocol/dedup.py) by 
 by a number of their own. gRPC callers do not say whether they repeat a call: one under a known name takes part in the
 write that is under way, or gets its answer, except where that write failed as a whole and nothing of it was stored.
 
-Writes with a condition, and counters, go to the coordinator as operations under consensus, which are known by their
-name at every node. What took effect is remembered here beyond that, and what may have is tried again as such.
+Writes with a condition or a fence, and counters, go to the coordinator as operations under consensus, which are known
+by their name at every node. What took effect is remembered here beyond that, and what may have is tried again as such.
+Reads with a fence are such operations too, without a name of the caller's: to make one twice does no harm.
 
 A cancelled call leaves its write under way: it may happen all the same.
 """
@@ -35,6 +36,7 @@ from grpc_reflection.v1alpha import reflection
 from agi.core.dht.coordinator import Coordinator
 from agi.core.dht.errors import (
     DHTError,
+    FenceRejected,
     InvalidRequest,
     NotACounter,
     NotReady,
@@ -42,13 +44,14 @@ from agi.core.dht.errors import (
     Overloaded,
     Unavailable,
     VersionConflict,
+    WrongFence,
     from_wire,
 )
 from agi.core.dht.node import Node
 from agi.core.dht.proto import dht_pb2 as pb
 from agi.core.dht.proto.dht_pb2_grpc import DHTServicer, add_DHTServicer_to_server
 from agi.core.dht.protocol import messages
-from agi.core.dht.protocol.consensus import NAME_BYTES
+from agi.core.dht.protocol.consensus import LOOK, NAME_BYTES
 from agi.core.dht.protocol.dedup import RequestTable
 from agi.core.dht.protocol.record import HEADER
 from agi.core.dht.reads import TRUNCATED
@@ -91,7 +94,7 @@ MARGIN_MS_MAX = 150
 LAST_ANSWER_S = 0.09
 """How long before the deadline a call that still has no answer fails; a fifth of short ones."""
 HEALTH_POLL_S = 0.2
-_DECIDED = frozenset((VersionConflict.code, NotACounter.code))
+_DECIDED = frozenset((VersionConflict.code, NotACounter.code, WrongFence.code, FenceRejected.code))
 """Errors that only come once it is certain that no earlier try took effect."""
 
 Request = TypeVar("Request")
@@ -254,9 +257,16 @@ class Service(DHTServicer):
     # --- single keys
 
     async def _get(self, request: pb.GetRequest, call: Call) -> pb.GetResponse:
-        reply = await self._read([encode_key(request.key)], self._read_level(request.consistency), call)
-        raise_first(reply.errors)
-        record = reply.records[0]
+        keys, level = [encode_key(request.key)], self._read_level(request.consistency)
+        if request.HasField("fence"):
+            op = operation_of(request)
+            op.name = secrets.token_bytes(NAME_BYTES)
+            trace = call.trace or f"{self._name}:{call.number}"
+            record = (await self._operate(op, Tried(b""), trace, call)).record
+        else:
+            reply = await self._read(keys, level, call)
+            raise_first(reply.errors)
+            record = reply.records[0]
         return pb.GetResponse() if record is None else pb.GetResponse(found=True, record=record_of(record))
 
     async def _put(self, request: pb.PutRequest, call: Call) -> pb.PutResponse:
@@ -475,7 +485,7 @@ class Service(DHTServicer):
     ) -> messages.PutReply | messages.DeleteReply:
         """The reply to a write, which is named here. It is of the right kind and has a result for each key."""
         if isinstance(request, pb.PutRequest | pb.DeleteRequest) and request.retry:
-            raise InvalidRequest("retry is for writes with a condition: a plain one cannot tell whether it took effect")
+            raise InvalidRequest("retry is for writes with a condition or a fence: a plain one has no way to tell")
         client, write.id = self._named(request, call)
         coordinator = self._ready()
         future: asyncio.Future[messages.PutReply | messages.DeleteReply] = asyncio.get_running_loop().create_future()
@@ -517,7 +527,7 @@ class Service(DHTServicer):
         client, number = self._named(request, call)
         if request.retry and not request.client_id:
             raise InvalidRequest("only a call with a client_id and a sequence can be told to be a retry")
-        coordinator = self._ready()
+        self._ready()
         tried = Tried(b"")
         if request.client_id:
             tried = self._known(client, number, xxhash.xxh3_128_digest(msgspec.msgpack.encode(op)))
@@ -527,17 +537,22 @@ class Service(DHTServicer):
             op.name = secrets.token_bytes(NAME_BYTES)
         if tried.result is not None:
             return tried.result
+        return await self._operate(op, tried, call.trace or f"{client}:{number}", call)
+
+    async def _operate(self, op: messages.Op, tried: Tried, trace: str, call: Call) -> messages.OpResult:
+        """The result of a named operation; a try that is under way is shared. Raises its error."""
+        coordinator = self._ready()
         future: asyncio.Future[messages.OpResult] = asyncio.get_running_loop().create_future()
         tried.waiting.append(future)
         if not tried.under_way:
             tried.under_way = True
             if self._debug:
-                trace = call.trace or f"{client}:{number}"
                 _log.debug("update", trace=trace, operation=op.name.hex(), retry=op.retry)
             update = messages.Update(call.number, call.timeout_ms, [op])
             coordinator.update(update, partial(self._updated, tried), self._name)
+        otherwise = Unavailable if op.kind == LOOK else OutcomeUnknown  # a look may be repeated blindly
         try:
-            return decided(await self._answer(future, OutcomeUnknown, call))
+            return decided(await self._answer(future, otherwise, call))
         finally:
             tried.waiting.remove(future)
 

@@ -13,11 +13,11 @@ from grpc import aio
 
 from agi.core.dht.errors import InvalidConsistency, InvalidRequest, InvalidTTL, VersionConflict, from_wire
 from agi.core.dht.proto import dht_pb2 as pb
-from agi.core.dht.protocol.consensus import ADD, IF_ABSENT, IF_EQUALS, IF_VERSION, PUT, REMOVE
+from agi.core.dht.protocol.consensus import ADD, IF_ABSENT, IF_EQUALS, IF_VERSION, LOOK, PUT, REMOVE
 from agi.core.dht.protocol.messages import KeyError_, Op, OpResult, UpdateReply, WireError
 from agi.core.dht.protocol.record import HEADER, created_ms_of, expires_ms_of, hlc_of
 from agi.core.dht.transport.grpc_status import error_detail
-from agi.core.dht.types import KEY_BYTES_MAX, TTL_MS_MAX, Consistency, check_value, encode_key
+from agi.core.dht.types import KEY_BYTES_MAX, TTL_MS_MAX, Consistency, Fence, check_value, encode_key, lock_key
 
 BATCH_KEYS_MAX = 10_000
 """Keys of one batch, so that its results fit a message even if each of them is an error."""
@@ -29,7 +29,7 @@ TRACE_METADATA_KEY = "x-correlation-id"
 
 Context: TypeAlias = "aio.ServicerContext[Any, Any]"
 Conditional: TypeAlias = "pb.PutRequest | pb.DeleteRequest | pb.CompareAndSetRequest | pb.IncrementRequest"
-"""What goes through consensus: all of the latter two, and of the others those that have a condition."""
+"""What goes through consensus: all of the latter two, and of the others those that have a condition or a fence."""
 
 
 class Batch:
@@ -123,31 +123,44 @@ def ttl_ms_of(given: int) -> int:
 
 
 def is_conditional(request: pb.PutRequest | pb.DeleteRequest) -> bool:
-    return request.HasField("if_version") or (isinstance(request, pb.PutRequest) and request.if_absent)
+    bound = request.HasField("if_version") or request.HasField("fence")
+    return bound or (isinstance(request, pb.PutRequest) and request.if_absent)
 
 
-def operation_of(request: Conditional) -> Op:
+def operation_of(request: Conditional | pb.GetRequest) -> Op:
     """The operation that a request asks for, not named yet. Raises InvalidRequest and its kinds."""
     op = Op(b"", encode_key(request.key), REMOVE)
-    if isinstance(request, pb.IncrementRequest):
+    if isinstance(request, pb.GetRequest):
+        op.kind = LOOK
+    elif isinstance(request, pb.IncrementRequest):
         op.kind, op.delta = ADD, request.delta
-    elif isinstance(request, pb.DeleteRequest):
-        op.condition, op.version = IF_VERSION, request.if_version
-    elif isinstance(request, pb.PutRequest):
-        op.kind, op.value = PUT, check_value(request.value)
-        op.condition, op.version = (IF_ABSENT, 0) if request.if_absent else (IF_VERSION, request.if_version)
-        if request.if_absent and request.HasField("if_version"):
-            raise InvalidRequest("a key is absent, or at a version: not both")
+    elif isinstance(request, pb.PutRequest | pb.DeleteRequest):
+        if request.HasField("if_version"):
+            op.condition, op.version = IF_VERSION, request.if_version
+        if isinstance(request, pb.PutRequest):
+            op.kind, op.value = PUT, check_value(request.value)
+            if request.if_absent and op.condition == IF_VERSION:
+                raise InvalidRequest("a key is absent, or at a version: not both")
+            if request.if_absent:
+                op.condition = IF_ABSENT
     else:
         op.condition = IF_EQUALS
         op.expected = check_value(request.expected) if request.HasField("expected") else None
         if request.HasField("value"):
             op.kind, op.value = PUT, check_value(request.value)
-    if not isinstance(request, pb.DeleteRequest):
+    if not isinstance(request, pb.GetRequest | pb.DeleteRequest):
         op.ttl_ms = ttl_ms_of(request.ttl_ms)
+    if isinstance(request, pb.GetRequest | pb.PutRequest | pb.DeleteRequest) and request.HasField("fence"):
+        op.fence = fence_of(request.fence)
     if op.condition == IF_VERSION and not 0 < op.version < 1 << 63:
         raise InvalidRequest(f"a version is a positive number as reads and writes return it, not {op.version}")
     return op
+
+
+def fence_of(given: pb.Fence) -> tuple[bytes, int]:
+    """A fence as operations carry it. Raises InvalidKey, InvalidRequest."""
+    fence = Fence(given.lock, given.token)
+    return lock_key(fence.lock), fence.token
 
 
 def result_of(reply: UpdateReply) -> OpResult:

@@ -21,6 +21,10 @@ Conventions
             not hold nothing is changed: code 43, FAILED_PRECONDITION, with the key's `current_version`. Such a call
             that is repeated under its pair takes effect once, at whichever node, also after OUTCOME_UNKNOWN; `retry`
             says that it may have been made before. Codes 30 to 33 speak of the try alone that they end.
+  Fence     A Get, Put or Delete that shows under which lock it is made is linearizable as those with a condition are,
+            and a condition may stand beside it. The key remembers the lock and the highest token that it was shown.
+            A lower one is refused, code 44, FAILED_PRECONDITION, and so is another lock, code 17, INVALID_ARGUMENT;
+            nothing is changed then. Whether the lock is still held is not looked at, nor whether there is one.
   Tracing   a call may carry the metadata `x-correlation-id`: up to 128 printable ASCII characters, which the nodes
             log with what they do for the call.
 
@@ -117,10 +121,13 @@ class ErrorDetail(_message.Message):
     RETRYABLE_FIELD_NUMBER: _builtins.int
     CURRENT_VERSION_FIELD_NUMBER: _builtins.int
     code: _builtins.int
-    """Stable number of the kind of error: 10-16 invalid request, 30 too few replicas (nothing was written), 31 node not
-    ready, 32 overloaded, 33 a batch whose values did not fit one message (ask again for this key), 40 outcome
-    unknown, 41 clock skew, 42 stale epoch, 43 a condition did not hold (nothing was changed), 50-56 cluster mismatch,
-    60-65 storage, 70-74 transport. A client treats an unknown number like the tens that it belongs to.
+    """Stable number of the kind of error: 1 none of these, 10-17 invalid request (17 the key is fenced by another lock),
+    30 too few replicas (nothing was written), 31 node not ready, 32 overloaded, 33 a batch whose values did not fit
+    one message (ask again for this key), 40 outcome unknown, 41 clock skew, 42 stale epoch, 43 a condition did not
+    hold (nothing was changed), 44 a higher token of the lock was here (nothing was changed), 45 lock lost, 46 lock
+    held by another, 50-56 cluster mismatch, 60-65 storage, 70-74 transport. Within one program only, and not sent by a
+    node: 20 configuration, 80 client closed, 90 some keys of a batch. A client treats an unknown number like the tens
+    that it belongs to.
     """
     message: _builtins.str
     """For people; at most 2 KiB of it travel."""
@@ -188,22 +195,56 @@ class Record(_message.Message):
 Global___Record: _TypeAlias = Record  # noqa: Y015
 
 @_typing.final
+class Fence(_message.Message):
+    """Under which lock a call is made. A key belongs to the lock whose fence it was shown first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOCK_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    lock: _builtins.str
+    """The lock's name: 1 to 1019 bytes."""
+    token: _builtins.int
+    """The number that its holder got with it, 1 to 2^63 - 1; each later holder's is higher."""
+    def __init__(
+        self,
+        *,
+        lock: _builtins.str = ...,
+        token: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lock", b"lock", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Fence: _TypeAlias = Fence  # noqa: Y015
+
+@_typing.final
 class GetRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
     CONSISTENCY_FIELD_NUMBER: _builtins.int
+    FENCE_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     consistency: Global___Consistency.ValueType
+    @_builtins.property
+    def fence(self) -> Global___Fence:
+        """Shuts out earlier holders of the lock from the key; `consistency` has no say then. Where it fails with codes 30 to
+        33 they may be shut out all the same, and it may be repeated.
+        """
+
     def __init__(
         self,
         *,
         key: _builtins.str = ...,
         consistency: Global___Consistency.ValueType = ...,
+        fence: Global___Fence | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "key", b"key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "fence", b"fence", "key", b"key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -246,6 +287,7 @@ class PutRequest(_message.Message):
     IF_VERSION_FIELD_NUMBER: _builtins.int
     IF_ABSENT_FIELD_NUMBER: _builtins.int
     RETRY_FIELD_NUMBER: _builtins.int
+    FENCE_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     value: _builtins.bytes
     consistency: Global___Consistency.ValueType
@@ -256,13 +298,18 @@ class PutRequest(_message.Message):
     sequence: _builtins.int
     """Number of this write, from 1, unique within the client_id; a retry repeats it."""
     if_version: _builtins.int
-    """Write only over this version. Excludes `if_absent`; with either of them `consistency` has no say."""
+    """Write only over this version. Excludes `if_absent`; with either of them, or a fence, `consistency` has no say."""
     if_absent: _builtins.bool
     """Write only if the key holds no value."""
     retry: _builtins.bool
-    """This write, which has a condition and a pair, may have been made before. If too many others came since to tell
-    whether it took effect, it ends with code 40 instead of being made again. Plain writes cannot tell, and refuse it.
+    """This write, which has a condition or a fence, and a pair, may have been made before. If too many others came since
+    to tell whether it took effect, it ends with code 40 instead of being made again. Plain writes cannot tell, and
+    refuse it.
     """
+    @_builtins.property
+    def fence(self) -> Global___Fence:
+        """Write only if no later holder of the lock has been here."""
+
     def __init__(
         self,
         *,
@@ -275,10 +322,11 @@ class PutRequest(_message.Message):
         if_version: _builtins.int | None = ...,
         if_absent: _builtins.bool = ...,
         retry: _builtins.bool = ...,
+        fence: Global___Fence | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_if_version", b"_if_version", "if_version", b"if_version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_if_version", b"_if_version", "fence", b"fence", "if_version", b"if_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_if_version", b"_if_version", "client_id", b"client_id", "consistency", b"consistency", "if_absent", b"if_absent", "if_version", b"if_version", "key", b"key", "retry", b"retry", "sequence", b"sequence", "ttl_ms", b"ttl_ms", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_if_version", b"_if_version", "client_id", b"client_id", "consistency", b"consistency", "fence", b"fence", "if_absent", b"if_absent", "if_version", b"if_version", "key", b"key", "retry", b"retry", "sequence", b"sequence", "ttl_ms", b"ttl_ms", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__if_version: _TypeAlias = _typing.Literal["if_version"]  # noqa: Y015
     _WhichOneofArgType__if_version: _TypeAlias = _typing.Literal["_if_version", b"_if_version"]  # noqa: Y015
@@ -316,6 +364,7 @@ class DeleteRequest(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     IF_VERSION_FIELD_NUMBER: _builtins.int
     RETRY_FIELD_NUMBER: _builtins.int
+    FENCE_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     consistency: Global___Consistency.ValueType
     client_id: _builtins.str
@@ -326,6 +375,10 @@ class DeleteRequest(_message.Message):
     """Delete only this version."""
     retry: _builtins.bool
     """As in PutRequest."""
+    @_builtins.property
+    def fence(self) -> Global___Fence:
+        """Delete only if no later holder of the lock has been here."""
+
     def __init__(
         self,
         *,
@@ -335,10 +388,11 @@ class DeleteRequest(_message.Message):
         sequence: _builtins.int = ...,
         if_version: _builtins.int | None = ...,
         retry: _builtins.bool = ...,
+        fence: Global___Fence | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_if_version", b"_if_version", "if_version", b"if_version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_if_version", b"_if_version", "fence", b"fence", "if_version", b"if_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_if_version", b"_if_version", "client_id", b"client_id", "consistency", b"consistency", "if_version", b"if_version", "key", b"key", "retry", b"retry", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_if_version", b"_if_version", "client_id", b"client_id", "consistency", b"consistency", "fence", b"fence", "if_version", b"if_version", "key", b"key", "retry", b"retry", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__if_version: _TypeAlias = _typing.Literal["if_version"]  # noqa: Y015
     _WhichOneofArgType__if_version: _TypeAlias = _typing.Literal["_if_version", b"_if_version"]  # noqa: Y015

@@ -21,6 +21,10 @@ Conventions
             not hold nothing is changed: code 43, FAILED_PRECONDITION, with the key's `current_version`. Such a call
             that is repeated under its pair takes effect once, at whichever node, also after OUTCOME_UNKNOWN; `retry`
             says that it may have been made before. Codes 30 to 33 speak of the try alone that they end.
+  Fence     A Get, Put or Delete that shows under which lock it is made is linearizable as those with a condition are,
+            and a condition may stand beside it. The key remembers the lock and the highest token that it was shown.
+            A lower one is refused, code 44, FAILED_PRECONDITION, and so is another lock, code 17, INVALID_ARGUMENT;
+            nothing is changed then. Whether the lock is still held is not looked at, nor whether there is one.
   Tracing   a call may carry the metadata `x-correlation-id`: up to 128 printable ASCII characters, which the nodes
             log with what they do for the call.
 
