@@ -37,6 +37,7 @@ from agi.core.dht.protocol.messages import (
 )
 from agi.core.dht.protocol.record import HEADER
 from agi.core.dht.protocol.versioning import HLC
+from agi.core.dht.registers import Registers
 from agi.core.dht.replica import Replica
 from agi.core.dht.testing import SimDisk, Simulation, run_simulation
 from agi.core.dht.types import Consistency
@@ -134,6 +135,24 @@ async def test_an_update_that_is_overtaken_ends_in_its_time_with_the_version_tha
         assert time.monotonic() - began < 0.8
         assert caught.value.version in written and len(seen) > 2 and set(seen) == {b"theirs"}
         writer.cancel()
+
+
+async def test_who_is_late_once_it_was_proposed_is_not_told_that_nothing_happened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with Cluster(3) as cluster:
+        client = await cluster.client()
+        propose = Registers._propose
+
+        def late(self: Registers, *given: Any) -> None:
+            propose(self, *given)
+            monkeypatch.undo()
+            self.advance(self._clock.monotonic() + 60)  # in the same turn of the loop, before the proposal has left
+
+        monkeypatch.setattr(Registers, "_propose", late)
+        with pytest.raises(OutcomeUnknown):
+            await client.compare_and_set("k", None, b"1", timeout=1.0)
+        assert await client.get("k", consistency=Consistency.LINEARIZABLE) == b"1"
 
 
 async def test_plain_calls_of_such_a_key_go_through_consensus() -> None:

@@ -92,17 +92,16 @@ Answer = Callable[[OpResult], None]
 
 
 class Waiting:
-    """An operation on its way. `planned`: the version that the round under way would make of it; `first`: the least
-    that it was sent out with. 0 for none."""
+    """An operation on its way. `first`: the least version that a round was to give it, 0 for none yet: from then on it
+    may take effect, for what was proposed leaves in the same turn of the loop, whose deadlines come before or after."""
 
-    __slots__ = ("answer", "first", "number", "op", "over", "planned")
+    __slots__ = ("answer", "first", "number", "op", "over")
 
     def __init__(self, number: int, op: Op, answer: Answer) -> None:
         self.number = number
         self.op = op
         self.answer = answer
         self.first = 0
-        self.planned = 0
         self.over = False
 
 
@@ -326,12 +325,11 @@ class Registers:
         key.taken = [waiting for waiting in key.taken if not waiting.over]
         for waiting in key.taken:
             result = outcome(waiting.op, state, waiting.first)
-            waiting.planned = 0
             if result is None:
                 before = state.version
                 state, result = apply(waiting.op, key.key, state, now_ms, partial(self._tick, key.key))
                 if state.version != before and state.done and state.done[-1].name == waiting.op.name:
-                    waiting.planned = state.version
+                    waiting.first = waiting.first or state.version
             results.append(result)
         key.results = results
         following = next_ballot(round_.ballot)
@@ -377,9 +375,6 @@ class Registers:
         trace = next((waiting.op.name.hex() for key, _ in items for waiting in key.taken), "")
         records = [round_.record if accepting else round_.ballot for _, round_ in items]
         message = (RegisterAccept if accepting else RegisterPrepare)(frame.id, requests.epoch, trace, keys, records)
-        for key, _ in items if accepting else ():
-            for waiting in key.taken:
-                waiting.first = waiting.first or waiting.planned
         if targets:
             try:
                 packed = encode(message)
