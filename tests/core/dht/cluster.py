@@ -14,7 +14,7 @@ import asyncio
 import random
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import msgspec
 
@@ -282,6 +282,12 @@ class Cluster:
             await self.settled()
             await self.connected()
         return node
+
+    async def renewed(self, i: int) -> Node:
+        """Starts a node that is down, on an empty disk; does not wait for anything."""
+        old, self.stores[i] = self.stores[i], KeptStore(token_bytes("xxh3"))
+        await MemoryStore.close(cast(KeptStore, old))
+        return await self.up(i, wait=False)
 
     async def settled(self) -> None:
         """All nodes that are up are members of one topology, and no change is under way."""

@@ -286,14 +286,30 @@ async def test_writes_under_way_are_no_differences() -> None:
         assert all(node.antientropy.keeper.unknown == 0 for node in cluster.living())
 
 
-async def test_a_clock_that_was_set_back_does_not_keep_old_records_young() -> None:
-    async with Cluster(2, factor=2, settings=NEVER) as cluster:
+@pytest.mark.parametrize("young_from", [None, 1], ids=["a turn", "a round"])
+@pytest.mark.parametrize("skew_ms", [5000, 3_600_000])
+async def test_a_clock_that_was_set_back_does_not_keep_old_records_young(skew_ms: int, young_from: int | None) -> None:
+    settings = {**NEVER, "dht.versions.max_clock_skew_ms": skew_ms}
+    async with Cluster(2, factor=2, settings=settings) as cluster:
         cluster.plant(0, "k", b"v", at_ms=wall_ms())
         cluster.plant(0, "l", b"v", at_ms=wall_ms() + 3_600_000)  # by a clock that was an hour ahead until now
         await built(cluster, anew=True)
-        report = await cluster.node(0).antientropy.exchange("n1")
+        report = await cluster.node(0).antientropy.exchange("n1", young_from=young_from)
         assert (report.young, report.sent) == (1, 1)
         assert cluster.held("k")[1] is None and cluster.held("l")[1] is not None
+
+
+async def test_who_lacks_what_a_clock_ahead_has_written_is_level_with_what_is_older() -> None:
+    async with Cluster(2, factor=2, settings=NEVER) as cluster:
+        version = wall_ms() << 16
+        cluster.plant(0, "l", b"v", at_ms=wall_ms() + 3_600_000)
+        await built(cluster, anew=True)
+        report = await cluster.node(1).antientropy.exchange("n0", young_from=version)
+        assert (report.differences, report.received, report.behind) == (1, 1, 0)
+        cluster.plant(0, "m", b"v", at_ms=wall_ms() - OLD_MS)
+        await built(cluster, anew=True)
+        report = await cluster.node(1).antientropy.exchange("n0", young_from=version)
+        assert (report.differences, report.received, report.behind) == (1, 1, 1)
 
 
 async def test_traffic_keeps_to_its_rate() -> None:

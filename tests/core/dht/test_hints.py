@@ -213,6 +213,27 @@ def test_hints_come_back_in_order_and_new_ones_follow_them() -> None:
     assert held(small) == [(b"a", b"2")] and dropped(small) == {"full": 1}
 
 
+def test_what_a_target_lacks_for_good_is_counted_until_it_knows() -> None:
+    core = hints(bytes_max=COST, age_max_ms=1000)
+    add(core, (b"a", b"1"), (b"b", b"1"))
+    core.lose("n", 3)
+    assert core.lost == {"n": 4}
+    core.expire(5000)
+    assert core.lost == {"n": 5}
+    core.told("n", 4)  # another went while it was told
+    assert core.lost == {"n": 1}
+    core.told("n", 1)
+    assert core.lost == {}
+    add(core, (b"c", b"1"))
+    core.drop(lambda hint: True)  # what the target need not have
+    add(core, (b"d", b"1"))
+    core.keep({"n": "another disk"})  # which is filled as a whole
+    assert core.lost == {} and dropped(core) == {"full": 1, "old": 1, "topology": 1, "other_disk": 1}
+    core.lose("n", 1)
+    core.keep({"m": "d"})
+    assert core.lost == {}
+
+
 def test_damaged_names_are_removed_and_counted() -> None:
     core = hints()
     core.forget([b"n" * 16 + b"k"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agi.core.dht.testing.history import Function, History, MalformedHistory, Outcome
+
+
+def test_the_example_of_the_documentation_runs() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "histories.md").read_text()
+    example = text.partition("```python\n")[2].partition("```")[0]
+    done = subprocess.run([sys.executable, "-W", "error", "-c", example], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("linearizable (1 objects, 20 operations, "), done
 
 
 def ticking() -> History:

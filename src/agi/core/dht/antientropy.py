@@ -7,6 +7,10 @@ write path but the note of which keys have changed.
 
 The trees are built by a scan in the background after a start, and kept up to date by folding changed keys in: before an
 exchange, or when many have changed. A peer's questions are answered from the same trees.
+
+The node also keeps account of with whom it has yet to compare, in full, since something may have been missed
+(`not_compared`): since it or that peer came back, since a coordinator said that it gave up hints for this node
+(handoff.py), or since one ended that may have had such hints in memory only.
 """
 
 from __future__ import annotations
@@ -52,6 +56,11 @@ SOON_S = 2.0
 less than the interval."""
 PAUSE_LEAST = 0.75
 """Of an interval; on average it is one."""
+AT_MOST = 0.25
+"""Of an interval: so long between two exchanges with one peer, however often something is missed."""
+ASKING = 0.05
+"""Of an interval: a peer that found differences so recently is in an exchange of its own, beside which another would
+send everything twice."""
 KNOWN_WAIT_S = 300.0
 """How long an ordered repair waits for trees that are being built."""
 KNOWN_POLL_S = 0.25
@@ -141,6 +150,13 @@ class AntiEntropy:
         self._due: dict[str, float] = {}
         self._completed: dict[str, float] = {}
         self._ended: set[str] = set()
+        self._begun: dict[str, float] = {}
+        self._disks: dict[str, str] = {}
+        self._boots: dict[str, int] = {}
+        self._missed_at = 0.0
+        self._back_at: dict[str, float] = {}
+        self._covered: dict[str, float] = {}
+        """Peer -> what was written before is equal on both sides."""
         self._one = asyncio.Lock()
         self._soon = asyncio.Event()
         self._number = 0
@@ -152,29 +168,58 @@ class AntiEntropy:
     def start(self, topology: Topology, ring: Ring | JointRing) -> None:
         """The node has its first topology; writes come after this."""
         self.keeper.start(ring)
+        self._missed_at = self._clock.monotonic()
         self.adopt(topology, ring)
         if self._interval_s:
             self._own(self._schedule(), "anti-entropy")
 
     def adopt(self, topology: Topology, ring: Ring | JointRing) -> None:
         """Another topology counts. Ranges that it leaves as they are keep their trees."""
+        before, behind, adopted = self.keeper.partners.keys(), bool(self.not_compared), self.keeper.adopted
         self._epoch = topology.epoch
         self.keeper.adopt(ring)
         partners, now, draw = self.keeper.partners, self._clock.monotonic(), self._rng.random
+        if before and not behind:  # what a change gives to new replicas it brings them whole
+            self._covered |= dict.fromkeys(partners.keys() - before, now)
         if partners.keys() != self._due.keys():
             self._due = {name: self._due.get(name, now + self._interval_s * draw()) for name in partners}
             self._completed = {name: at for name, at in self._completed.items() if name in partners}
             self._soon.set()
+        disks, self._disks = self._disks, {member.node_id: member.disk_id for member in topology.members}
+        for kept in (self._boots, self._back_at, self._covered, self._begun):
+            for name in kept.keys() - self._disks.keys():
+                del kept[name]
+        gone = any(self._disks.get(name) != disk for name, disk in disks.items())  # with the hints that it had
+        if gone or (behind and adopted != self.keeper.adopted):  # who held what this node lacks may be another now
+            self.missed()
 
-    def connected(self, name: str) -> None:
-        """There are links to that peer: what it missed meanwhile is not left to the next turn. The two do not begin at
-        once, so that nothing is sent twice."""
+    def connected(self, name: str, boot: int) -> None:
+        """There are links to that peer: what it missed meanwhile is not left to the next turn. Started anew it has
+        none of the hints that the last one had not stored yet, which may have been for anything that this node holds.
+        """
+        now = self._clock.monotonic()
+        self._back_at[name] = now
         if name in self._due and self._interval_s:
-            turn = 1 if self._me < name else 2
-            soon = min(SOON_S, self._interval_s) * (turn - 0.5 * self._rng.random())
-            self._due[name] = min(self._due[name], self._clock.monotonic() + soon)
+            self._due[name] = min(self._due[name], now + self._soon_s(name))
             self.answers.begun_by.pop(name, None)
             self._soon.set()
+        if self._boots.get(name) != boot:
+            self._boots[name] = boot
+            self.missed()
+
+    def missed(self) -> None:
+        """This node may lack what any of the others hold, and compares with them soon."""
+        self._missed_at = now = self._clock.monotonic()
+        if self._interval_s:
+            for name, due in self._due.items():
+                earliest = self._begun.get(name, float("-inf")) + AT_MOST * self._interval_s
+                self._due[name] = min(due, max(now + self._soon_s(name), earliest))
+            self._soon.set()
+
+    def _soon_s(self, name: str) -> float:
+        """The two do not begin at once, so that nothing is sent twice."""
+        turn = 1 if self._me < name else 2
+        return min(SOON_S, self._interval_s) * (turn - 0.5 * self._rng.random())
 
     def request(self, session: Session, link: Link, message: Any) -> None:
         """A peer compares with this node."""
@@ -189,6 +234,22 @@ class AntiEntropy:
         done = [max(self._completed.get(name, -1.0), theirs.get(name, -1.0)) for name in self._due]
         return None if -1.0 in done else self._clock.monotonic() - min(done, default=self._clock.monotonic())
 
+    @property
+    def checked(self) -> bool:
+        """Whether replicas are compared without an order."""
+        return self._interval_s > 0
+
+    @property
+    def not_compared(self) -> list[str]:
+        """Peers with which some range was not compared yet since this node, or they, may have missed something."""
+        return [name for name in self.keeper.partners if self._behind(name)]
+
+    def _since(self, name: str) -> float:
+        return max(self._missed_at, self._back_at.get(name, self._missed_at))
+
+    def _behind(self, name: str) -> bool:
+        return self._covered.get(name, float("-inf")) < self._since(name)
+
     def state(self) -> dict[str, object]:
         """For `status`."""
         age_s = self.round_age_s
@@ -196,6 +257,8 @@ class AntiEntropy:
             "last_round_s": None if age_s is None else round(age_s, 1),
             "unknown_ranges": self.keeper.unknown,
             "pending_keys": self.keeper.pending,
+            "checked": self.checked,
+            "not_compared": self.not_compared if self.checked else [],
         }
 
     # --- exchanges
@@ -214,15 +277,25 @@ class AntiEntropy:
             pause_s = self._interval_s * (PAUSE_LEAST + 2 * (1 - PAUSE_LEAST) * self._rng.random())
             soon_s = min(pause_s, SOON_S * (0.5 + self._rng.random()))
             begun = self.answers.begun_by.get(name, -self._interval_s)
-            self._due[name] = now + pause_s
+            behind = self._behind(name)
+            self._due[name] = now + (soon_s if behind else pause_s)
             if name not in self._peers.usable:
                 continue
-            if begun > now - self._interval_s * PAUSE_LEAST:
+            if behind:
+                if self.answers.settling_by.get(name, float("-inf")) > now - ASKING * self._interval_s:
+                    continue
+            elif begun > now - self._interval_s * PAUSE_LEAST:
                 self._due[name] = begun + pause_s  # it has begun one itself, which settles both sides
                 continue
             report = await self._try_exchange(name)
-            if report is not None and report.unknown and name in self._due:
+            if name not in self._due:
+                continue
+            if self._behind(name) or (report is not None and report.unknown):
+                if report is not None and self._begun[name] < self._since(name):  # missed while they compared
+                    soon_s = max(soon_s, AT_MOST * self._interval_s)
                 self._due[name] = self._clock.monotonic() + soon_s
+            else:
+                self._due[name] = now + pause_s
 
     async def _try_exchange(self, name: str) -> Report | None:
         try:
@@ -241,6 +314,7 @@ class AntiEntropy:
         just written. One at a time. Raises DHTError kinds, TimeoutError."""
         async with self._one:
             self._number += 1
+            self._begun[name] = began = self._clock.monotonic()
             mine = Totals(exchanges=1)
             report = Report()
             try:
@@ -253,7 +327,8 @@ class AntiEntropy:
                     trace=f"repair:{self._me}:{self._number}",
                     salt=self._rng.getrandbits(64) | 1,
                     completed=name in self._ended,
-                    young=self._young() if young_from is None else lambda hlc: young_from < hlc < REGISTERED,
+                    young=self._young(young_from),
+                    level=REGISTERED - 1 if young_from is None else young_from,
                     late=lambda token, hlc: hlc <= self._replica.floors.at(token).closed,
                 )
                 report = core.report
@@ -270,6 +345,10 @@ class AntiEntropy:
         if not report.unknown and bounds == EVERYTHING and name in self.keeper.partners:
             self._completed[name] = self._clock.monotonic()
             self._ended.add(name)
+            if report.young:  # left alone, and no older than that, by a clock that may be ahead
+                began -= self._timeout_s + self._skew_ms / 1000
+            if not report.young or young_from is None:
+                self._covered[name] = max(began, self._covered.get(name, began))
         if report.differing:
             say = _log.info if report.differences else _log.debug  # under load writes overtake each comparison
             say(
@@ -308,12 +387,20 @@ class AntiEntropy:
         if adopted != self.keeper.adopted:
             raise StaleEpoch("the ranges have changed during the exchange")
 
-    def _young(self) -> Callable[[int], bool]:
-        """Whether a record may still be under way: it was written within the deadline of a request. One of the future
-        is not: its writer's clock was wrong, or this one was set back, and may stay so for long."""
-        wall_ms, timeout_ms, skew_ms = self._clock.wall_ms, self._timeout_s * 1000, self._skew_ms
-        # a ballot's time only counts, it tells nothing of when the value was accepted
-        return lambda hlc: hlc < REGISTERED and -skew_ms <= wall_ms() - physical_ms(hlc) < timeout_ms
+    def _young(self, above: int | None) -> Callable[[int], bool]:
+        """Whether a record may still be under way: it is above that version or, without one, was written within the
+        deadline of a request. One of the future is not, past a like time for clocks that differ: its writer's was
+        wrong, or this one was set back, and may stay so for as long as clocks may differ at all."""
+        wall_ms, timeout_ms = self._clock.wall_ms, self._timeout_s * 1000
+        ahead_ms = min(self._skew_ms, timeout_ms)
+
+        def young(hlc: int) -> bool:
+            if hlc >= REGISTERED:  # a ballot's time only counts, it tells nothing of when the value was accepted
+                return False
+            age_ms = wall_ms() - physical_ms(hlc)
+            return -ahead_ms <= age_ms and (age_ms < timeout_ms if above is None else hlc > above)
+
+        return young
 
     async def _ask(self, name: str, message: Any, counts: Totals) -> Reply:
         sent = len(encode(message))

@@ -18,6 +18,8 @@ from agi.core.dht.protocol.messages import (
     EpochAccept,
     EpochPrepare,
     EpochReply,
+    Query,
+    QueryReply,
     ReclaimReply,
     ReclaimStep,
     ReplicaRead,
@@ -44,9 +46,26 @@ ChangeRequest = ArcList | ChangeState
 ChangeReply = ArcListReply | ChangeStateReply
 TreeReply = TreeRootReply | TreeNodesReply | TreeRecordsReply | TreeFetchReply
 Request = (
-    ReplicaRead | ReplicaWrite | ReplicaScan | EpochPrepare | EpochAccept | TreeRequest | ChangeRequest | ReclaimStep
+    ReplicaRead
+    | ReplicaWrite
+    | ReplicaScan
+    | EpochPrepare
+    | EpochAccept
+    | TreeRequest
+    | ChangeRequest
+    | ReclaimStep
+    | Query
 )
-Reply = ReplicaReadReply | ReplicaWriteReply | ReplicaScanReply | EpochReply | TreeReply | ChangeReply | ReclaimReply
+Reply = (
+    ReplicaReadReply
+    | ReplicaWriteReply
+    | ReplicaScanReply
+    | EpochReply
+    | TreeReply
+    | ChangeReply
+    | ReclaimReply
+    | QueryReply
+)
 
 
 class Calls:

@@ -2,8 +2,12 @@
 
 A change is first decided as a transition, in which replicas before and after it both count; every node that is to hold
 something new fills itself (migration.py); when all have, a voter proposes the final epoch. A change that cannot come to
-its end, since a node that joins is dead for long, or since an operator says so, is undone by an epoch too (T8).
-There is one change at a time.
+its end, since a node that has to fill itself is away for long, or since an operator says so, is undone by an epoch too
+(T8). There is one change at a time.
+
+Going on without a member that is away is not possible: it may hold the only copy of its quorum's part, and counts as a
+replica afterwards without having merged what the others have (T6). So the change is undone, and one that would be
+undone at once is not begun; whoever is away for `eviction_timeout` is removed by a change of its own (T9).
 """
 
 from __future__ import annotations
@@ -48,6 +52,8 @@ REFUSED_MAX = 64
 """Nodes of which is kept why they were not taken in."""
 TELL_S = 5.0
 """How often the log says how far a change is."""
+SAY_AGAIN_S = 60.0
+"""The log repeats so often why a change cannot be ended, or a member not be evicted."""
 SECOND_CHOICE_S = 3.0
 """Voters other than the first wait so long before they propose what the first should have."""
 
@@ -75,12 +81,31 @@ class Order(msgspec.Struct, frozen=True):
     confirm: str = ""
 
 
+class _Said:
+    """Lets a line through that says something new, or the same after so long."""
+
+    def __init__(self, again_s: float = SAY_AGAIN_S) -> None:
+        self._again_s = again_s
+        self._last = ""
+        self._at = 0.0
+
+    def pass_(self, line: str, now: float) -> bool:
+        if line == self._last and now - self._at < self._again_s:
+            return False
+        self._last, self._at = line, now
+        return True
+
+    def over(self) -> None:
+        """What was said does not hold any more: it is news when it comes about again."""
+        self._last = ""
+
+
 class Changes:
     """
     Args:
         own: runs a coroutine as a task that the node owns.
-        join_timeout_s: a change is given up when a node that joins has been dead for so long.
-        eviction_timeout_s: a member that has been dead for so long is removed; 0 for never.
+        join_timeout_s: a change is given up when a node that has to fill itself has been away for so long.
+        eviction_timeout_s: a member that has been away for so long is removed; 0 for never.
     """
 
     def __init__(
@@ -93,7 +118,8 @@ class Changes:
         self._eviction_timeout_s = eviction_timeout_s
         self._admitting = False
         self._refused: dict[str, DHTError] = {}
-        self._dead_since: dict[str, float] = {}
+        self._away_since: dict[str, float] = {}
+        self._not_ended, self._not_evicted, self._suspended = _Said(), _Said(), _Said(float("inf"))
 
     def start(self) -> None:
         self._own(self._drive(), "changes")
@@ -127,7 +153,8 @@ class Changes:
             _log.info("joining", joiner=member.node_id, epoch=topology.epoch)
             self._refused.pop(hello.disk_id, None)
         except DHTError as error:
-            _log.warning("join_refused", joiner=hello.name, error=str(error))
+            if str(error) != str(self._refused.get(hello.disk_id)):
+                _log.warning("join_refused", joiner=hello.name, error=str(error))
             while len(self._refused) >= REFUSED_MAX:
                 self._refused.pop(next(iter(self._refused)))
             self._refused[hello.disk_id] = error
@@ -201,8 +228,9 @@ class Changes:
         if len(base.members) == 1:
             raise ChangeRefused(f"{name} is the only node")
         if len(base.members) - 1 < base.factor and not order.force:
+            instead = f"start one in its place (`agi-dht replace {name}`)" if dead else "add one first"
             raise ChangeRefused(
-                f"without {name} there are {len(base.members) - 1} nodes for {base.factor} replicas: add one first, or "
+                f"without {name} there are {len(base.members) - 1} nodes for {base.factor} replicas: {instead}, or "
                 "force it"
             )
         if order.what == "remove" and order.lose_data:
@@ -267,7 +295,7 @@ class Changes:
         }
 
     def _cancelled(self, base: Topology) -> Topology | None:
-        return base.undone(self._node.clock.wall_ms()) if base.in_transition else None
+        return base.undone(self._node.clock.wall_ms(), ordered=True) if base.in_transition else None
 
     def _transition(
         self, base: Topology, members: Sequence[Member], note: str, lost: tuple[Member, ...] = ()
@@ -289,6 +317,11 @@ class Changes:
             if sum(name in up for name in replicas) < majority(len(replicas)):
                 missing = ", ".join(name for name in replicas if name not in up)
                 raise ChangeRefused(f"too few replicas are reachable to move their data: {missing} missing")
+        if missing := ", ".join(self._awaited(topology, self._join_timeout_s, NORMAL)):
+            raise ChangeRefused(
+                f"{missing} would have to take part, but is away for long: start it, or remove it first (of several: "
+                "with --lose-data)"
+            )
         return topology
 
     async def _propose(self, change: Callable[[Topology], Topology | None]) -> Topology:
@@ -308,6 +341,7 @@ class Changes:
                 _log.info(
                     "change_under_way",
                     note=node.known_topology.note,
+                    away=self._awaited(node.known_topology, 0.0, NORMAL, JOINING),
                     ready=migration.ready,
                     arcs=migration.arcs,
                     arcs_done=migration.arcs_done,
@@ -325,6 +359,7 @@ class Changes:
             node = self._node
             topology = node.known_topology
             now = node.clock.monotonic()
+            self._look(topology, now)
             if not topology.in_transition or node.node_id not in topology.voters:
                 if node.node_id in topology.voters:
                     await self._evict(topology, now)
@@ -335,12 +370,13 @@ class Changes:
             if voters[0] != node.node_id and now - began < SECOND_CHOICE_S:
                 continue  # another will do it
             try:
-                if self._hopeless(topology, now):
+                if self._hopeless(topology, now - began):
                     await self._propose(partial(self._ended, topology, False))
                 elif await self._complete(topology):
                     await self._propose(partial(self._ended, topology, True))
             except DHTError as error:
-                _log.warning("change_not_ended", epoch=topology.epoch, note=topology.note, error=str(error))
+                if self._not_ended.pass_(f"{topology.epoch} {error}", now):
+                    _log.warning("change_not_ended", epoch=topology.epoch, note=topology.note, error=str(error))
 
     def _ended(self, change: Topology, done: bool, base: Topology) -> Topology | None:
         if base.digest != change.digest:
@@ -348,37 +384,59 @@ class Changes:
         now_ms = self._node.clock.wall_ms()
         return base.finished(now_ms) if done else base.undone(now_ms)
 
-    def _hopeless(self, topology: Topology, now: float) -> bool:
-        """A node that joins has been dead for long."""
-        dead = self._dead_for(topology, now)
-        return any(dead.get(m.node_id, 0.0) > self._join_timeout_s for m in topology.members if m.state == JOINING)
+    def _hopeless(self, topology: Topology, under_way_s: float) -> bool:
+        """Somebody without whom the change cannot end has been away for long while it was under way: who began it may
+        not have known for how long before. A recovery goes on: what is lost is no member any more (T12), and who dies
+        amid it can be given up for lost too."""
+        if topology.recovering or under_way_s <= self._join_timeout_s:
+            return False
+        return bool(self._awaited(topology, self._join_timeout_s, NORMAL, JOINING))
+
+    def _awaited(self, topology: Topology, longer_than_s: float, *states: str) -> list[str]:
+        """Members in one of these states that have been away for longer; one that leaves is not waited for."""
+        away = self._away_s(self._node.clock.monotonic())
+        return [m.node_id for m in topology.members if m.state in states and away.get(m.node_id, -1.0) > longer_than_s]
 
     async def _evict(self, topology: Topology, now: float) -> None:
-        """Removes a member that has been dead for long: one at a time, none when several are gone at once, and never so
-        that fewer nodes than replicas remain (T9)."""
-        dead = self._dead_for(topology, now)
-        if not self._eviction_timeout_s or len(dead) != 1 or len(topology.members) <= max(2, topology.factor):
-            return
-        name, since_s = next(iter(dead.items()))
-        if since_s <= self._eviction_timeout_s:
-            return
+        """Removes a member that has been away for long: one at a time, none when several are away, and never so that
+        fewer nodes than replicas remain (T9). The second of two would have to take part in the removal of the first
+        (T6), so however far apart they went, an operator decides."""
+        away = self._away_s(now)
+        long = [name for name, since_s in away.items() if since_s > self._eviction_timeout_s]
+        why = ""
+        if not self._eviction_timeout_s or not long:
+            pass
+        elif len(away) > 1:
+            why = f"{', '.join(away)} are away at the same time"
+        elif len(topology.members) <= max(2, topology.factor):
+            why = f"without {long[0]} fewer nodes than replicas would remain"
+        else:
+            await self._remove(long[0], away[long[0]], now)
+        if not why:
+            self._suspended.over()
+        elif self._suspended.pass_(why, now):
+            _log.warning(
+                "eviction_suspended", reason=why, away_s={name: round(since_s) for name, since_s in away.items()}
+            )
+
+    async def _remove(self, name: str, away_s: float, now: float) -> None:
         try:
             await self._propose(partial(self._without, Order("remove", name)))
         except DHTError as error:
-            _log.warning("not_evicted", member=name, dead_s=round(since_s), error=str(error))
+            if self._not_evicted.pass_(f"{name} {error}", now):
+                _log.warning("not_evicted", member=name, away_s=round(away_s), error=str(error))
         else:
-            _log.warning("evicted", member=name, dead_s=round(since_s))
+            self._not_evicted.over()
+            _log.warning("evicted", member=name, away_s=round(away_s))
 
-    def _dead_for(self, topology: Topology, now: float) -> dict[str, float]:
-        """How many seconds this node has seen each dead member to be dead."""
-        dead = set()
-        for member in topology.members:
-            status = self._status(member.node_id)
-            stopped = status is MemberStatus.LEFT and member.state == JOINING  # others are expected back
-            if status is MemberStatus.DEAD or stopped:
-                dead.add(member.node_id)
-        self._dead_since = {name: self._dead_since.get(name, now) for name in sorted(dead)}
-        return {name: now - since for name, since in self._dead_since.items()}
+    def _look(self, topology: Topology, now: float) -> None:
+        """Notes who is away: dead or stopped, since what either held lacks a replica (T9)."""
+        away = sorted(name for name in topology.by_id if self._is_dead(name))
+        self._away_since = {name: self._away_since.get(name, now) for name in away}
+
+    def _away_s(self, now: float) -> dict[str, float]:
+        """For how many seconds this node has seen each member to be away."""
+        return {name: now - since for name, since in self._away_since.items() if self._is_dead(name)}
 
     def _is_dead(self, name: str) -> bool:
         return self._status(name) in (MemberStatus.DEAD, MemberStatus.LEFT)

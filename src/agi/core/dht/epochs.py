@@ -33,7 +33,7 @@ from agi.core.dht.protocol.messages import (
 from agi.core.dht.protocol.versioning import writer_id
 from agi.core.dht.recovery import Recovery
 from agi.core.dht.sessions import Session
-from agi.core.dht.topology import Member, Topology, unpack
+from agi.core.dht.topology import JOINING, Member, Topology, unpack
 from agi.core.dht.transport.base import Link
 from agi.core.dht.transport.codec import encode
 
@@ -133,6 +133,7 @@ class Epochs:
             member = topology.by_id.get(node.node_id)
             if member is None or member.disk_id != node.identity.disk_id:
                 error = Removed(f"the cluster has let {node.node_id} go in epoch {topology.epoch}: {topology.note}")
+                error.asks_again = mine.by_id[node.node_id].state == JOINING and not topology.cancelled
                 node.fail(error)
                 raise error
             await node.reclaimer.make_room(topology)

@@ -237,6 +237,8 @@ class ChangeRefused(ClusterError):
 
 class Removed(ClusterError):
     code = 56
+    asks_again = False
+    """It was only joining, and nobody ordered that to end: as a new node it may ask again."""
 
 
 class StorageError(DHTError):

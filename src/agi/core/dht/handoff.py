@@ -1,9 +1,10 @@
 """Hinted handoff: keeps what replicas missed (protocol/hints.py) and brings it to them when they are back.
 
-Two tasks. One writes new hints to the store, all that a turn of the event loop made in one batch, never before the
+Three tasks. One writes new hints to the store, all that a turn of the event loop made in one batch, never before the
 acknowledgement of their write (PROTOCOLS D4). The other replays: while a target can be reached, it gets its hints in
 order, a batch at a time, and a batch is forgotten only when the target has confirmed it. A target that fails keeps its
-hints and is tried again later.
+hints and is tried again later. The third tells a target that hints for it were given up: it then compares its replicas
+with all others' (antientropy.py), since the coordinator of a write need not hold it.
 
     put k -> n0, n1 stored it; n2 is down                 n0: hint (n2 on disk d, epoch 1, k)
     n2 connects, on disk d                                n0 -> n2: ReplicaWrite HINT k; the answer removes the hint
@@ -27,7 +28,7 @@ from agi.core.dht.errors import DHTError, StorageClosed, StorageCorrupt, Storage
 from agi.core.dht.observability.logs import Throttle
 from agi.core.dht.peers import Peer, Peers
 from agi.core.dht.protocol.hints import Hint, Hints
-from agi.core.dht.protocol.messages import HINT, ReplicaWrite, WireError
+from agi.core.dht.protocol.messages import HINT, Query, ReplicaWrite, WireError
 from agi.core.dht.replica import Replica
 from agi.core.dht.storage.base import StorageBackend
 from agi.core.dht.topology import Topology
@@ -43,6 +44,8 @@ BACKOFF_MAX_S = 10.0
 AGE_CHECK_S = 60.0
 """How often hints for targets that stay away are looked at for their age."""
 PAUSE_MIN_S = 0.001
+TELL_EVERY_S = 1.0
+"""A target that loses hints all the time is told no more often."""
 SAVE_CHANGES_MAX = 1000
 SAVE_BYTES_MAX = 1024 * 1024
 """Of one write to the store, which holds the event loop meanwhile."""
@@ -58,6 +61,7 @@ class Handoff:
         bytes_max: of one target's hints; 0 for no hints at all.
         age_max_s: how long a hint is kept.
         bytes_per_s: keys and records that are replayed, over all targets.
+        on_own_loss: told when hints for this node itself were given up.
 
     Attributes:
         hints: the core, with its counts.
@@ -77,6 +81,7 @@ class Handoff:
         bytes_max: int,
         age_max_s: int,
         bytes_per_s: int,
+        on_own_loss: Callable[[], None],
     ) -> None:
         self.hints = Hints(bytes_max, age_max_s * 1000)
         self.stopping = False
@@ -94,7 +99,9 @@ class Handoff:
         self._last = ""
         self._free_at = 0.0
         self._retry: dict[str, tuple[float, float]] = {}
+        self._on_own_loss = on_own_loss
         self._unsaved = asyncio.Event()
+        self._losses = asyncio.Event()
         self._wake = asyncio.Event()
         self._saving = asyncio.Lock()
         self._sending = asyncio.Lock()
@@ -105,10 +112,16 @@ class Handoff:
     def missed(self, node: str, keys: list[bytes], records: list[bytes]) -> None:
         """That replica did not take these records of acknowledged writes."""
         disk = self._disks.get(node)
-        if disk is None or not self._enabled:
+        if disk is None:
+            return
+        if not self._enabled:
+            self.hints.lose(node, len(keys))
+            self._losses.set()
             return
         self.hints.add(node, disk, self._epoch, keys, records, self._clock.wall_ms())
         self._unsaved.set()
+        if self.hints.lost:
+            self._losses.set()
         if node in self._peers.usable or node == self._me:
             self._wake.set()
 
@@ -116,11 +129,12 @@ class Handoff:
         """A peer is back."""
         if peer.hello is not None and self._disks.get(peer.node_id) == peer.hello.disk_id:
             self._retry.pop(peer.node_id, None)
-            self._wake.set()
+            self.wake()
 
     def wake(self) -> None:
         """Something has changed about who can be reached."""
         self._wake.set()
+        self._losses.set()
 
     def adopt(self, topology: Topology) -> None:
         """Hints for nodes, or disks of them, that this topology does not name are of no use any more."""
@@ -128,7 +142,7 @@ class Handoff:
         self._disks = {member.node_id: member.disk_id for member in topology.members}
         self.hints.keep(self._disks)
         self._unsaved.set()
-        self._wake.set()
+        self.wake()
 
     async def drop(self, condition: Callable[[Hint], bool]) -> int:
         """Forgets the hints that meet it, durably when this returns, with none of them under way (PROTOCOLS T10);
@@ -222,6 +236,8 @@ class Handoff:
         """Brings hints to whoever can take them, for ever."""
         while True:
             self.hints.expire(self._clock.wall_ms())
+            if self.hints.lost:
+                self._losses.set()
             now = self._clock.monotonic()
             node, due = self._next(now)
             if node is not None:
@@ -231,6 +247,31 @@ class Handoff:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(None if due is None else max(PAUSE_MIN_S, due - now)):
                     await self._wake.wait()
+
+    async def tell(self) -> None:
+        """Tells targets that can be reached of the hints that were given up, for ever."""
+        while True:
+            await self._losses.wait()
+            self._losses.clear()
+            for node in sorted(self.hints.lost):
+                if node != self._me and node not in self._peers.usable:
+                    continue  # `wake` when it is
+                count = self.hints.lost.get(node, 0)
+                try:
+                    async with asyncio.timeout(REPLY_TIMEOUT_S):
+                        await self._tell(node)
+                except (DHTError, TimeoutError) as error:
+                    self._losses.set()
+                    _log.info("loss_not_told", peer=node, hints=count, error=str(error) or "no answer in time")
+                else:
+                    self.hints.told(node, count)
+            await asyncio.sleep(TELL_EVERY_S)
+
+    async def _tell(self, node: str) -> None:
+        if node == self._me:
+            self._on_own_loss()
+        else:
+            await self._calls.call(node, Query(0, "missed", round(REPLY_TIMEOUT_S * 1000)))
 
     def _next(self, now: float) -> tuple[str | None, float | None]:
         """Whose turn it is; or nobody's, and when to look again (None: when something happens)."""

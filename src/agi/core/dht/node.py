@@ -196,6 +196,7 @@ class Node:
             bytes_max=config.hints.bytes_max_mb << 20,
             age_max_s=config.hints.age_max_s,
             bytes_per_s=config.hints.replay_bytes_per_s,
+            on_own_loss=lambda: self.antientropy.missed(),
         )
         self.detector.on_status(lambda member, status: self.handoff.wake())
         self.queries = Queries(self, self._own)
@@ -310,6 +311,7 @@ class Node:
         self._own(self._boots.keep(), "boots")
         self._own(self.handoff.save(), "hints")
         self._own(self.handoff.replay(), "handoff")
+        self._own(self.handoff.tell(), "lost hints")
 
     def _check_own(self, topology: Topology) -> None:
         assert self._identity is not None
@@ -633,7 +635,7 @@ class Node:
     def _peer_connected(self, peer: Peer) -> None:
         self.detector.connected(peer)
         self.handoff.connected(peer)
-        self.antientropy.connected(peer.node_id)
+        self.antientropy.connected(peer.node_id, peer.hello.boot if peer.hello is not None else 0)
         self._look_for_quorums()
 
     def _peer_lost(self, node_id: str, error: DHTError) -> None:

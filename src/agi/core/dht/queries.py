@@ -84,6 +84,9 @@ class Queries:
             return msgspec.msgpack.encode([msgspec.to_builtins(past) for past in await node.epochs.history()])
         if what == "stats":
             return msgspec.msgpack.encode(await self.stats())
+        if what == "missed":
+            node.antientropy.missed()
+            return msgspec.msgpack.encode({})
         if what == "repair":
             return msgspec.msgpack.encode(node.antientropy.repair(_bounds(key)))
         if what == "change":
@@ -160,6 +163,7 @@ class Queries:
             "bytes": stats.bytes,
             "storage": node.store.name,
             "hints": {target.node: target.hints for target in node.handoff.hints.pending()},
+            "hints_lost": dict(node.handoff.hints.lost),
             "repair": node.antientropy.state(),
             "reclaim": node.reclaimer.state() if node.topology is not None else {},
             "change": {

@@ -1,7 +1,8 @@
 """The process of one node: `python -m agi.core.dht.server --port 7000 --peers host:port,host:port`, or `agi-dht serve`.
 
 Announces itself as one JSON line on stdout once its ports are bound. SIGTERM drains and exits 0; with `--leave` the
-node leaves the cluster first. An error at the start is one line on stderr and the error's exit code.
+node leaves the cluster first. An error at the start is one line on stderr and the error's exit code. A node whose
+joining was given up, though nobody ordered that, starts anew on an empty folder and asks again.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import json
 import os
 import random
 import secrets
+import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import structlog
 import typer
@@ -64,10 +66,56 @@ def _store(config: Config, path: Path, node_id: str) -> StorageBackend:
     )
 
 
+class _Told:
+    """What the process was told to do: to stop, or first to leave. It outlives a node that starts anew.
+
+    Attributes:
+        stop: told so, or the node cannot go on.
+        leave: SIGTERM or SIGINT came, and the node is to leave first.
+        ended: whether anybody told the process to stop.
+    """
+
+    def __init__(self, leaves: bool) -> None:
+        self.stop, self.leave = asyncio.Event(), asyncio.Event()
+        self.ended = False
+        self._leaves = leaves
+
+    def signalled(self) -> None:
+        self.ended = True
+        (self.stop if self.leave.is_set() or not self._leaves else self.leave).set()  # the second does not wait
+
+    def end(self) -> None:
+        self.ended = True
+        self.stop.set()
+
+
 async def _run(config: Config, stop_with_stdin: bool, leave_s: float = 0.0) -> None:
+    told = _Told(bool(leave_s))
+    again = await _live(config, told, stop_with_stdin, leave_s)
+    while again is not None and not told.ended:
+        told.stop.clear()
+        aside = again.aside
+        again = await _live(config, told, False, leave_s, again.port)  # under the address that it was known by
+        if again is not None and aside is not None:  # copies that never counted: one of them is enough
+            await asyncio.to_thread(shutil.rmtree, aside, ignore_errors=True)
+
+
+class _Again(NamedTuple):
+    """A node may ask to join as a new one, at this port; what it had is in this folder."""
+
+    port: int
+    aside: Path | None
+
+
+async def _live(
+    config: Config, told: _Told, stop_with_stdin: bool, leave_s: float, port_before: int | None = None
+) -> _Again | None:
+    """One life of a node, and whether another one follows. Raises what it could not go on for."""
     options = {**dict(SERVER_OPTIONS), "grpc.so_reuseport": int(config.network.reuse_port)}
     server = aio.server(options=tuple(options.items()))
-    wanted = format_address(config.network.host or "0.0.0.0", config.network.port)
+    wanted = format_address(
+        config.network.host or "0.0.0.0", config.network.port if port_before is None else port_before
+    )
     try:
         port = server.add_insecure_port(wanted)
     except RuntimeError:
@@ -75,11 +123,10 @@ async def _run(config: Config, stop_with_stdin: bool, leave_s: float = 0.0) -> N
     if not port:
         raise ConnectFailed(f"cannot listen on {wanted}: the port is in use or the address is not this machine's")
     fatal: list[DHTError] = []
-    stop = asyncio.Event()
 
     def on_fatal(error: DHTError) -> None:
         fatal.append(error)
-        stop.set()
+        told.stop.set()
 
     listen = [format_address(config.network.host or "0.0.0.0", config.data_port)]
     socket_path = config.unix_socket_path(port)
@@ -114,16 +161,11 @@ async def _run(config: Config, stop_with_stdin: bool, leave_s: float = 0.0) -> N
     service.start()
     await server.start()
     loop = asyncio.get_running_loop()
-    told = asyncio.Event()
-
-    def signalled() -> None:
-        (stop if told.is_set() or not leave_s else told).set()  # the second signal does not wait for the first
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signalled)
-    leaving = loop.create_task(leave_when_told(node, told, stop, leave_s), name="leave")
+        loop.add_signal_handler(number, told.signalled)
+    leaving = loop.create_task(leave_when_told(node, told.leave, told.stop, leave_s), name="leave")
     if stop_with_stdin:
-        await loop.connect_read_pipe(lambda: _StdinWatch(stop), sys.stdin)
+        await loop.connect_read_pipe(lambda: _StdinWatch(told), sys.stdin)
     announced = {
         "event": "listening",
         "node_id": node.node_id,
@@ -134,10 +176,13 @@ async def _run(config: Config, stop_with_stdin: bool, leave_s: float = 0.0) -> N
         "http_address": node.http_address,
         "unix_socket": node.unix_path,
     }
-    sys.stdout.write(json.dumps(announced) + "\n")
-    sys.stdout.flush()
+    if port_before is None:
+        sys.stdout.write(json.dumps(announced) + "\n")
+        sys.stdout.flush()
+    else:  # nobody may read stdout any more
+        _log.warning("asks_again", **{key: value for key, value in announced.items() if key != "event"})
     _spare_collections()
-    await stop.wait()
+    await told.stop.wait()
     leaving.cancel()
     service.withdraw()
     await node.stop(config.network.drain_timeout_ms / 1000)
@@ -145,10 +190,13 @@ async def _run(config: Config, stop_with_stdin: bool, leave_s: float = 0.0) -> N
     await server.stop(1.0)
     await admin.close()
     await asyncio.gather(leaving, return_exceptions=True)
-    if fatal and not isinstance(fatal[0], Removed):
+    if not fatal:
+        return None
+    if not isinstance(fatal[0], Removed):
         raise fatal[0]
-    if fatal and config.storage.backend == "rocksdb":
-        _set_aside(config.storage_path(port))
+    aside = _set_aside(config.storage_path(port)) if config.storage.backend == "rocksdb" else None
+    empty = aside is not None or config.storage.backend == "memory"
+    return _Again(port, aside) if empty and fatal[0].asks_again else None
 
 
 def _spare_collections() -> None:
@@ -159,26 +207,28 @@ def _spare_collections() -> None:
     gc.set_threshold(COLLECT_AT, 10, 10)
 
 
-def _set_aside(folder: str | Path) -> None:
-    """The folder of a node that the cluster let go: it does not count any more, and the node may join as a new one."""
+def _set_aside(folder: str | Path) -> Path | None:
+    """The folder of a node that the cluster let go: it does not count any more, and the node may join as a new one.
+    Returns where it is now, None if it could not be moved."""
     path = Path(folder)
     for number in range(1, SET_ASIDE_MAX):
         aside = path.with_name(f"{path.name}.removed-{number}")
         if not aside.exists():
             path.rename(aside)
             _log.warning("data_set_aside", folder=str(aside))
-            return
+            return aside
     _log.error("data_not_set_aside", folder=str(path), reason=f"{SET_ASIDE_MAX} folders were set aside already")
+    return None
 
 
 class _StdinWatch(asyncio.Protocol):
-    """Sets the event when stdin ends: whoever holds its other end is gone."""
+    """Has the process stop when stdin ends: whoever holds its other end is gone."""
 
-    def __init__(self, ended: asyncio.Event) -> None:
-        self._ended = ended
+    def __init__(self, told: _Told) -> None:
+        self._told = told
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._ended.set()
+        self._told.end()
 
 
 def serve(

@@ -20,6 +20,8 @@ from agi.core.dht.types import Node, parse_address
 
 NORMAL, JOINING, LEAVING = "normal", "joining", "leaving"
 
+_GIVEN_UP, _ORDERED = "given up: ", "given up by order: "
+
 GENERATION_EPOCHS = 1000
 """By so much the epoch jumps with the generation: the lost voters may have decided epochs that no survivor has heard
 of, and a message or a promise of one of those must not be taken for one of the new generation."""
@@ -114,11 +116,20 @@ class Topology(msgspec.Struct, frozen=True, array_like=True, dict=True):
         ]
         return self.next(members, f"done: {self.note}", now_ms, lost=())
 
-    def undone(self, now_ms: int) -> Topology:
-        """The epoch that gives the change under way up: everything is as it was before. Raises ChangeRefused."""
+    def undone(self, now_ms: int, *, ordered: bool = False) -> Topology:
+        """The epoch that gives the change under way up: everything is as it was before. Raises ChangeRefused.
+
+        Args:
+            ordered: an operator wants it so: who was to join does not ask again.
+        """
         if self.recovering:
             raise ChangeRefused("a recovery cannot be undone: what was lost is not a member any more")
-        return self.next(self._before(), f"given up: {self.note}", now_ms, lost=())
+        return self.next(self._before(), f"{_ORDERED if ordered else _GIVEN_UP}{self.note}", now_ms, lost=())
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether this epoch undid a change because an operator had ordered it."""
+        return self.note.startswith(_ORDERED)
 
     def _before(self) -> list[Member]:
         """The members as they were before the change under way."""

@@ -48,6 +48,7 @@ class TreeAnswers:
     Attributes:
         served: comparisons that peers began.
         begun_by: when each peer last began one.
+        settling_by: when each peer last asked about ranges that differ.
         completed_by: when each peer began the last one of which it has said that it came to its end.
     """
 
@@ -57,6 +58,7 @@ class TreeAnswers:
         self.served = 0
         self.begun_by: dict[str, float] = {}
         self.completed_by: dict[str, float] = {}
+        self.settling_by: dict[str, float] = {}
         self._keeper = keeper
         self._clock = clock
         self._own = own
@@ -74,6 +76,8 @@ class TreeAnswers:
             self._reply(session, link, _REPLIES[type(message)](message.id, error))
             return
         self._serving += 1
+        if not isinstance(message, TreeRoot):
+            self.settling_by[session.name] = self._clock.monotonic()
         self._own(self._serve(session, link, message), "anti-entropy answer")
 
     async def _serve(self, session: Session, link: Link, message: Any) -> None:

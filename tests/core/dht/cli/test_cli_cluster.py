@@ -29,6 +29,9 @@ def test_the_state_of_every_node(dht: Any, cluster: Any) -> None:
         assert node["keys_exact"] is True and node["keys"] >= 0 and node["bytes"] >= 0 and node["boot"] >= 1
         assert all(peer == {"connected": True, "status": "ALIVE", "error": ""} for peer in node["peers"].values())
         assert len(node["peers"]) == 2
+    assert (shown["failures_tolerated"], shown["unchecked"]) == (1, [])
+    assert dht("wait-healthy", "--json").json == {"healthy": True, "unchecked": []}
+    assert dht("status", "--json").json["missing"] == []
     lines = dht("status").text.splitlines()
     columns = [
         "node",
@@ -45,7 +48,8 @@ def test_the_state_of_every_node(dht: Any, cluster: Any) -> None:
         "peers",
     ]
     assert lines[0].split() == columns
-    assert len(lines) == 4 and all("ready" in line and line.endswith("2/2") for line in lines[1:])
+    assert all("ready" in line and line.endswith("2/2") for line in lines[1:4])
+    assert lines[4:] == ["failures tolerated now: 1 (quorums are 2 of 3 replicas)", "replication is whole"]
     one = dht("status", "--connect", f"127.0.0.1:1,{cluster.cluster.addresses[2]}")
     assert one.code == 0 and one.text.splitlines()[1].startswith("n0")
     assert one.err.startswith("nobody answers at 127.0.0.1:1: ") and one.err.count("\n") == 1
@@ -126,6 +130,8 @@ def test_commands_while_nodes_die(run_cli: Any, helpers: Any, tmp_path: Path, mo
         lines = run_cli("status").text.splitlines()
         assert lines[1].split() == ["n0", started.cluster.addresses[0], "unreachable"]
         assert lines[2].endswith("1/2") and any(line.startswith("n1 to n0: ") for line in lines[4:])
+        assert lines[4] == "failures tolerated now: 0 (quorums are 2 of 3 replicas)"
+        assert lines[5] == "replication is not whole:" and lines[6].startswith("n0 does not answer: ")
 
         def everybody_says_the_same() -> bool:
             """In the end: what a node holds of the dead one changes meanwhile."""
@@ -150,7 +156,7 @@ def test_commands_while_nodes_die(run_cli: Any, helpers: Any, tmp_path: Path, mo
         assert failed.code == 26 and failed.json["loaded"] == 0 and failed.json["stopped"]
         assert [each["source"] for each in failed.json["failed"]] == [f"-:{i + 1} (l{i})" for i in range(1000)]
         told = run_cli("status")
-        assert told.code == 13 and "waiting" in told.text.splitlines()[3] and "n2 waits: " in told.text
+        assert told.code == 13 and "waiting" in told.text.splitlines()[3] and "n2 is not ready: " in told.text
 
 
 def test_a_cluster_that_has_not_formed(
@@ -160,6 +166,7 @@ def test_a_cluster_that_has_not_formed(
         monkeypatch.setenv("AGI_DHT_CONNECT", started.connect)
         told = run_cli("status", "--json")
         assert told.code == 13 and told.json["cluster"] is None and told.json["epoch"] == 0
+        assert told.json["failures_tolerated"] is None and told.json["missing"] == []
         waiting, missing = told.json["nodes"]
         assert waiting["node_id"] == "n0" and waiting["reachable"] and not waiting["ready"] and waiting["waiting_for"]
         assert missing["node_id"] == "" and missing["address"] == started.cluster.addresses[1]

@@ -102,13 +102,17 @@ def test_delete_says_what_there_was(dht: Any) -> None:
 def test_put_under_a_condition(dht: Any) -> None:
     first = dht("put", "d:if", "1", "--if-absent", "--ttl", "1000").text.strip()
     refused = dht("put", "d:if", "x", "--if-absent")
-    assert refused == (27, b"", "error: the key exists\n")
+    assert refused == (27, b"", f"error: the key exists: the key is at version {first}\n")
+    shown = dht("put", "d:if", "x", "--if-absent", "--json")
+    assert shown.code == 27 and shown.json == {"key": "d:if", "conflict": True, "version": int(first)}
     second = dht("put", "d:if", "22", "--if-version", first, "--json").json
     assert second == {"key": "d:if", "version": second["version"], "bytes": 2} and second["version"] > int(first)
     refused = dht("put", "d:if", "x", "--if-version", first)
     assert (
-        refused.code == 27 and refused.out == b"" and f"at version {second['version']}, not at {first}" in refused.err
+        refused.code == 27 and refused.out == b"" and f"at version {second['version']}, not at {first}\n" in refused.err
     )
+    shown = dht("put", "d:if", "x", "--if-version", first, "--json")
+    assert shown.code == 27 and shown.json["version"] == second["version"] and shown.err == refused.err
     shown = dht("get", "d:if", "--json", "--consistency", "linearizable").json
     assert (shown["value"], shown["version"], shown["expires_at"]) == ("22", second["version"], None)
 
@@ -120,13 +124,18 @@ def test_delete_of_a_version(dht: Any) -> None:
     assert dht("get", "d:del-if").code == 3
     gone = dht("delete", "d:del-if", "--if-version", second)
     assert gone.code == 27 and gone.err == f"error: the key is absent, not at {second}\n"
+    shown = dht("delete", "d:del-if", "--if-version", second, "--json")
+    assert shown.code == 27 and shown.json == {"key": "d:del-if", "conflict": True, "version": 0}
     third = dht("put", "d:del-if", "3").text.strip()
     assert dht("delete", "d:del-if", "--if-version", third, "--json").json == {"existed": {"d:del-if": True}}
 
 
 def test_cas_stores_over_what_is_expected(dht: Any, tmp_path: Path) -> None:
-    assert dht("cas", "d:cas", "1", "2") == (27, b"", "error: the value is another\n")
+    assert dht("cas", "d:cas", "1", "2") == (27, b"", "error: the value is another: the key is absent\n")
+    assert dht("cas", "d:cas", "1", "2", "--json").json == {"key": "d:cas", "conflict": True, "version": 0}
     first = dht("cas", "d:cas", "--absent", "1")
+    refused = dht("cas", "d:cas", "2", "3")
+    assert refused == (27, b"", f"error: the value is another: the key is at version {first.text.strip()}\n")
     assert first.code == 0 and dht("get", "d:cas", "--json").json["version"] == int(first.text)
     assert dht("cas", "d:cas", "--absent", "2").code == dht("cas", "d:cas", "", "2").code == 27
     second = dht("cas", "d:cas", "1", "-", "--json", "--ttl", "1000", stdin=b"\0two").json

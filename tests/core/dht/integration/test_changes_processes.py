@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from pathlib import Path
 
-from process_harness import environment, node
+from process_harness import environment, node, until
 
 from agi.core.dht.client import DHTClient
 from agi.core.dht.errors import DHTError
@@ -79,3 +80,41 @@ async def test_a_process_joins_under_load_and_leaves_again(tmp_path: Path) -> No
             17,
             "error: without n2 there are 2 nodes for 3 replicas: add one first, or force it\n",
         )
+
+
+async def member_of(client: DHTClient, name: str) -> set[str]:
+    """The members, once this node is one and no change is under way."""
+    async with asyncio.timeout(60):
+        while True:
+            with contextlib.suppress(DHTError):  # whoever was asked is no member yet
+                topology = await client.topology()
+                names = {member["node_id"] for member in topology["members"]}
+                if name in names and not topology["in_transition"]:
+                    return names
+            await asyncio.sleep(0.1)
+
+
+async def test_a_joiner_whose_change_another_node_spoils_asks_again_and_joins(tmp_path: Path) -> None:
+    """Nobody does anything: n3 dies amid the join, is evicted, and the process that joins begins anew."""
+    settings = {
+        "health.heartbeat_interval_ms": "200",
+        "health.probe_timeout_ms": "100",
+        "health.suspicion_mult": "2",
+        "health.suspicion_max_mult": "2",
+        "migration.join_timeout_ms": "2000",
+        "migration.eviction_timeout_ms": "3000",
+    }
+    async with LocalCluster(5, tmp_path, settings=settings) as cluster, DHTClient(timeout=10) as client:
+        await client.connect(cluster.addresses[:3])
+        await client.put_many(VALUES, consistency=Consistency.ALL)
+        slow = ("--set", "migration.bytes_per_s=20000", "--set", "observability.log_format=json")
+        joining = ("--peers", ",".join(cluster.addresses), "--node-id", "n5", *slow)
+        async with node(tmp_path, *joining, name="n5", storage="rocksdb") as joiner:
+            await until(lambda: joiner.events("topology_adopted"), "the transition")
+            await cluster.kill(3)
+            await until(lambda: joiner.events("asks_again"), "a second life")
+            assert joiner.events("asks_again")[0]["address"] == joiner.address
+            assert (tmp_path / "n5.removed-1").is_dir()
+            assert await member_of(client, "n5") == {"n0", "n1", "n2", "n4", "n5"}
+            assert await client.get_many(VALUES, consistency=Consistency.ALL) == VALUES
+            assert await joiner.end() == 0

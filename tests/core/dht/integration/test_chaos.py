@@ -19,7 +19,7 @@ from process_harness import environment
 
 from agi.core.dht.testing.chaos import network, run
 from agi.core.dht.testing.chaos.auditor import Kind
-from agi.core.dht.testing.chaos.plan import MEMBERS, NAMESPACES, Fault
+from agi.core.dht.testing.chaos.plan import EACH, MEMBERS, NAMESPACES, Fault, each
 from agi.core.dht.testing.history import Function, History
 from agi.core.dht.testing.linearizability import Verdict, check
 
@@ -27,6 +27,8 @@ SECONDS = 8
 SEED = 14193
 """In so short a time its plan has cut links, a holder of a lock that is frozen, a clock an hour off, and in the end a
 power loss of all nodes; on the loopback a kill, a freeze, and a frozen holder."""
+HAD = {Fault.PARTITION, Fault.POWER_LOSS_ALL, Fault.SKEW, Fault.HOLDER_FREEZE}
+"""What that plan has; the run of each fault leaves it out."""
 RUN_TIMEOUT_S = 110.0
 
 
@@ -89,7 +91,7 @@ async def test_nothing_is_lost_under_faults(tmp_path: Path, form: list[str]) -> 
     lacking = {fault for names in summary["not_possible"] for fault in names.split(", ")}
     assert lacking <= NAMESPACES
     if not lacking:
-        assert {Fault.PARTITION, Fault.POWER_LOSS_ALL, Fault.SKEW} <= set(summary["faults"])
+        assert HAD - {Fault.HOLDER_FREEZE} <= set(summary["faults"])
 
     history = History.read(reports / "3-nodes.history.jsonl")
     assert check(history.operations).verdict is Verdict.LINEARIZABLE
@@ -99,6 +101,31 @@ async def test_nothing_is_lost_under_faults(tmp_path: Path, form: list[str]) -> 
     wanted = {Function.READ, Function.WRITE, Function.CAS, Function.INCR, Function.LOCK, Function.FENCED_WRITE}
     assert all(done.get(function, 0) > 0 for function in wanted), done
     assert left(tmp_path) == []
+
+
+@pytest.mark.timeout(2 * RUN_TIMEOUT_S)
+async def test_each_fault_happens_and_is_survived(tmp_path: Path, form: list[str]) -> None:
+    reports = tmp_path / "reports"
+    words = ["--nodes", 3, "--each", "--seconds", 1, "--seed", SEED, "--report", reports, "--without", ",".join(HAD)]
+    async with running(tmp_path, *words, *form) as process:
+        async with asyncio.timeout(2 * RUN_TIMEOUT_S):
+            said, _ = await process.communicate()
+    assert process.returncode == 0, said.decode()
+    lines: list[dict[str, Any]] = [json.loads(line) for line in (reports / "3-nodes.jsonl").read_text().splitlines()]
+    assert lines[-1]["violations"] == {kind.value: 0 for kind in Kind}
+    lacking = {fault for names in lines[-1]["not_possible"] for fault in names.split(", ")}
+    assert lacking <= NAMESPACES
+    ends = {line["kind"]: line["outcome"] for line in lines if line["line"] == "fault"}
+    wanted = dict.fromkeys((fault.value for fault in set(Fault) - HAD - lacking), "undone")
+    assert ends == wanted | {Fault.JOIN: "joined", Fault.LEAVE: "left"}, said.decode()
+    assert left(tmp_path) == []
+
+
+def test_each_fault_is_in_the_plan_once() -> None:
+    assert sorted(fault for lane in EACH for fault in lane) == sorted(Fault)
+    steps = [step for lane in each(without=MEMBERS).values() for step in lane]
+    assert {step.fault for step in steps} == set(Fault) - MEMBERS and len(steps) == len(Fault) - len(MEMBERS)
+    assert all(step.lasts_s for step in steps)
 
 
 @pytest.mark.parametrize(

@@ -44,11 +44,19 @@ async def test_pages_tell_of_health_and_readiness_and_what_was_done(tmp_path: Pa
             if line.startswith('dht_operations_total{operation="put"}')
         ]  # fmt: skip
         assert sum(counted) == 20
-        assert await _page(cluster, 0, "/readyz") == (200, '{"ready":true,"reason":"","node_id":"n0"}\n')
+        async with asyncio.timeout(WAIT_S):
+            while json.loads((await _page(cluster, 0, "/readyz"))[1])["replication"]:  # noqa: ASYNC110  # nobody signals it
+                await asyncio.sleep(0.02)
+        page = await _page(cluster, 0, "/readyz")
+        assert page == (200, '{"ready":true,"reason":"","node_id":"n0","replication":[]}\n')
         await cluster.kill(1)
+        async with asyncio.timeout(WAIT_S):
+            while not (told := json.loads((await _page(cluster, 0, "/readyz"))[1]))["replication"]:  # noqa: ASYNC110  # as above
+                await asyncio.sleep(0.02)
+        assert told["ready"] and told["replication"][0].startswith(("n1 is not connected: ", "n1 is DEAD"))
         await cluster.kill(2)
         async with asyncio.timeout(WAIT_S):
-            while (page := await _page(cluster, 0, "/readyz"))[0] == 200:  # noqa: ASYNC110  # nobody signals it
+            while (page := await _page(cluster, 0, "/readyz"))[0] == 200:  # noqa: ASYNC110  # as above
                 await asyncio.sleep(0.02)
         assert page[0] == 503 and "n1, n2 missing" in page[1]
         assert await _page(cluster, 0, "/healthz") == (200, '{"status":"ok"}\n')

@@ -46,6 +46,12 @@ async def test_three_of_five_are_lost_for_ever(tmp_path: Path) -> None:
                 break
         code, said = await cli("remove", "n4", "--connect", connect)
         assert code == 17 and "too few replicas are reachable to move their data" in said
+        shown = ("remove", "n4", "--dry-run", "--json", "--connect", connect)
+        code, said = await cli(*shown)
+        assert code == 17 and "too few replicas are reachable to move their data" in said
+        code, said = await cli(*shown, "--lose-data")
+        plan = json.loads(said)
+        assert code == 0 and plan["note"] == "n4 given up for lost" and plan["moves"], said
         code, said = await cli("topology", "recover", "--lost", "n2,n3", "--connect", connect)
         assert code == 17 and "n4: neither named as lost nor reached from n" in said
         code, said = await cli("topology", "recover", "--lost", "n2,n3,n4", "--connect", connect)

@@ -45,8 +45,8 @@ from agi.core.dht.testing import (
     run_simulation,
 )
 from agi.core.dht.testing import run as command
-from agi.core.dht.testing.report import MUST_HAPPEN
-from agi.core.dht.testing.scenario import Turn, churns
+from agi.core.dht.testing.report import MUST_HAPPEN, RARE
+from agi.core.dht.testing.scenario import WIDE_KEYS, Turn, churns
 from agi.core.dht.topology import Member, Topology
 from agi.core.dht.transport.base import Link
 from agi.core.dht.types import PROTOCOL_VERSION
@@ -54,6 +54,7 @@ from agi.core.dht.types import PROTOCOL_VERSION
 SEEDS = 50
 CHUNK = 25
 REPLAYED = (2, 13, 15, 20)
+RARE_SEEDS_MIN, RARE_SEEDS_MAX = 5, 40
 AIMED_SEEDS_MAX, FORMATION_SEEDS_MAX = 60, 200
 """A planted bug is caught within so many seeds of its profile; those of the formation are cheap."""
 
@@ -73,6 +74,23 @@ def test_no_seed_violates_a_guarantee(first: int) -> None:
     assert counts["declared dead"] and counts["of these refuted"]
     assert counts["hints"] > 100 and counts["hints replayed"] > 100
     assert counts["votes watched"] > 1000
+    assert counts["wide batches"] > 10
+
+
+@pytest.mark.seeds
+@pytest.mark.timeout(300)
+def test_members_come_and_go_in_every_way() -> None:
+    """What is too rare to be in each of the runs above."""
+    counts: Counter[str] = Counter()
+    rare = [name for name in RARE if name != "wide batches"]
+    for seed in range(1, RARE_SEEDS_MAX + 1):
+        report = run_seed(seed, profile=Profile.CHURN, turn=Turn.LOSE)
+        assert not report.findings, f"--profile churn --turn lose --seed {seed}\n{report}\n{report.plan}"
+        counts.update(report.counts)
+        if seed >= RARE_SEEDS_MIN and all(counts[name] for name in rare):
+            break
+    assert [name for name in rare if not counts[name]] == []
+    assert counts["differences repaired"] and counts["reclaimed"]
 
 
 @pytest.mark.seeds
@@ -150,7 +168,7 @@ def test_a_scenario_is_of_its_seed_alone() -> None:
     assert {scenario.factor for scenario in drawn} == {3, 5}
     assert any(scenario.factor > len(scenario.nodes) for scenario in drawn)
     assert {scenario.profile for scenario in drawn} == set(Profile) - {Profile.CHURN, Profile.CONSENSUS}
-    assert {scenario.workload.keys for scenario in drawn} == {1, 2, 4, 8}
+    assert {scenario.workload.keys for scenario in drawn} == {1, 2, 4, 8, WIDE_KEYS}
     assert {scenario.faults_from_start for scenario in drawn} == {True, False}
     churned = [Scenario.draw(seed, Profile.CHURN) for seed in range(1, 101)]
     assert churned == [Scenario.draw(seed, Profile.CHURN) for seed in range(1, 101)]

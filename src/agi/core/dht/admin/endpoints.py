@@ -8,6 +8,7 @@ import msgspec
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from agi.core.dht.admin.http import Answer, HttpServer, Route
+from agi.core.dht.admin.replication import not_whole
 from agi.core.dht.admin.samples import NodeSamples
 from agi.core.dht.errors import DHTError
 from agi.core.dht.node import Node
@@ -29,9 +30,11 @@ def _routes(node: Node) -> dict[str, Route]:
         return _json({"status": "failed", "reason": str(node.fatal)}, 503)
 
     async def readyz() -> Answer:
-        """Whether the node serves requests, else why not; a load balancer sends none to it then."""
+        """Whether the node serves requests, else why not; a load balancer sends none to it then. And why replication
+        is not whole, as far as this node knows: that alone keeps no request away."""
         reason = node.waiting_for
-        return _json({"ready": not reason, "reason": reason, "node_id": node.node_id}, 503 if reason else 200)
+        body = {"ready": not reason, "reason": reason, "node_id": node.node_id, "replication": not_whole(node)}
+        return _json(body, 503 if reason else 200)
 
     async def metrics() -> Answer:
         store: StoreStats | None = None

@@ -43,8 +43,8 @@ COMMANDS = {
     "delete": Lazy("agi.core.dht.cli.data", "delete", "Delete keys."),
     "cas": Lazy("agi.core.dht.cli.data", "cas", "Store a value if the key holds a certain other; print its version."),
     "incr": Lazy("agi.core.dht.cli.data", "incr", "Add to a counter; print what it is then."),
-    "lock": Lazy("agi.core.dht.cli.locks", "lock", "Run a command while holding a lock."),
-    "lock-status": Lazy("agi.core.dht.cli.locks", "lock_status", "Show who holds a lock."),
+    "lock": Lazy("agi.core.dht.cli.locks", "app", "Run a command while holding a lock."),
+    "lock status": Lazy("agi.core.dht.cli.locks", "lock_status", "Show who holds a lock."),
     "scan": Lazy("agi.core.dht.cli.data", "scan", "List keys in order."),
     "load": Lazy("agi.core.dht.cli.load", "load", "Store the files of a folder, or the lines of a JSONL file."),
     "dump": Lazy("agi.core.dht.cli.dump", "dump", "Write keys to a folder, or to a JSONL file."),
@@ -95,10 +95,16 @@ class _Group(TyperGroup):
             self.commands.setdefault(name, _Stub(name, lazy))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[:2] == ["lock", "status"] and "--" not in args:  # with it, "status" is the name of a lock
+            args = ["lock status", *args[2:]]
         stub = self.commands.get(args[0])
         if isinstance(stub, _Stub):
             self.commands[args[0]] = stub.load()
         return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """As the shell completes words, without what is two of them."""
+        return [item for item in super().shell_complete(ctx, incomplete) if " " not in item.value]
 
 
 def _version(asked: bool) -> None:

@@ -19,7 +19,7 @@ from agi.core.dht.cli.connection import (
 )
 from agi.core.dht.errors import DHTError, InvalidRequest, NotReady
 from agi.core.dht.ring import Ring
-from agi.core.dht.types import Node, encode_key, parse_address
+from agi.core.dht.types import Consistency, Node, encode_key, parse_address
 
 TIMEOUT_S_MAX = 600.0
 
@@ -28,16 +28,24 @@ def status(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json:
     """Show the state of every node.
 
     Asks each node itself, so it works while nodes are down, and before the cluster has formed. Exit code 0: all nodes
-    are ready; 13: some are not, or do not answer; 23: nobody answers. A number of keys after ~ is an estimate;
-    tombstones count. Hints are records that a node keeps for others that missed them; without any, and with all nodes
-    connected, nobody waits for any. Repaired: how long ago the node had been compared with each that shares replicas
-    with it. Tombstones: what was deleted or has expired, as the node last counted, and is not reclaimed yet.
+    are ready, though replication may not be whole (`wait-healthy` is for that); 13: some are not, or do not answer; 23:
+    nobody answers.
 
-    --json prints {"ready", "cluster", "epoch", "nodes": [{"node_id", "address", "reachable", "error", and if reachable
+    Below the table: how many more nodes may fail, whichever they are, before some keys have too few replicas for
+    quorums; and all that replication is missing, as `wait-healthy` waits for it. A number of keys after ~ is an
+    estimate; tombstones count. Hints are records that a node keeps for others that missed them. Repaired: how long ago
+    the node had been compared with each that shares replicas with it. Tombstones: what was deleted or has expired, as
+    the node last counted, and is not reclaimed yet.
+
+    --json prints {"ready", "cluster", "epoch", "failures_tolerated": negative where some keys have no quorum now, null
+    before the cluster has formed, "missing": [what replication is missing, as lines], "unchecked": [nodes whose
+    repair.interval_ms is 0], "nodes": [{"node_id", "address", "reachable", "error", and if reachable
     "ready", "waiting_for", "storage", "keys", "keys_exact", "bytes", "generation", "epoch", "boot", "hints": {node id:
-    records kept for it}, "repair": {"last_round_s", "unknown_ranges", "pending_keys"}, "reclaim": {"floor_age_s",
-    "tombstones", "oldest_tombstone_s", "reclaimed"}, "peers": {node id: {"connected", "status",
-    "error"}}}]}; a peer's status is ALIVE, SUSPECT, DEAD or LEFT.
+    records kept for it}, "hints_lost": {node id: records given up, which it does not know yet}, "repair": {
+    "last_round_s", "unknown_ranges", "pending_keys", "checked", "not_compared": [node ids]}, "change": {"note",
+    "ready", "arcs", "arcs_done", "keys", "bytes"}, "reclaim": {"floor_age_s", "tombstones", "oldest_tombstone_s",
+    "reclaimed"}, "peers": {node id: {"connected", "status", "error"}}}]}; a peer's status is ALIVE, SUSPECT, DEAD or
+    LEFT.
 
     Examples:
 
@@ -48,6 +56,7 @@ def status(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json:
     if timeout is not None and not 0 < timeout <= TIMEOUT_S_MAX:
         raise InvalidRequest(f"a timeout is above 0 and at most {TIMEOUT_S_MAX:g} seconds, not {timeout!r}")
     from agi.core.dht.cli.asking import survey
+    from agi.core.dht.client.changes import missing, unchecked
 
     found = survey(addresses(connect), FIND_TIMEOUT_S if timeout is None else timeout)
     topology = found.topology or {}
@@ -65,15 +74,24 @@ def status(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json:
         else:
             output.note(f"nobody answers at {address}: {error}")
     ready = found.topology is not None and all(node.get("ready", False) for node in nodes)
+    states = {name: _or_error(state) for name, state in found.states.items()}
+    lines = missing(topology, states) if topology else []
+    up = {node["node_id"] for node in nodes if node["reachable"]}
     if as_json:
         summary = {"ready": ready, "cluster": topology.get("cluster"), "epoch": topology.get("epoch", 0)}
-        output.document({**summary, "nodes": nodes})
+        summary |= {"failures_tolerated": _tolerated(topology, up) if topology else None, "missing": lines}
+        output.document({**summary, "unchecked": unchecked(states), "nodes": nodes})
     else:
         first = ("node", "address", "state", "storage", "keys", "bytes", "epoch", "boot")
         output.table((*first, "hints", "repaired", "tombstones", "peers"), [_status_row(node) for node in nodes])
-        for node in nodes:
-            for trouble in _troubles(node):
-                output.line(output.printable(trouble, keep_backslash=True))
+        if topology:
+            output.line(_tolerance(topology, up))
+            lines = ["replication is not whole:", *lines] if lines else ["replication is whole"]
+        more = [line for node in nodes for line in _troubles(node, bool(topology)) if line not in lines]
+        for trouble in (*lines, *more):
+            output.line(output.printable(trouble, keep_backslash=True))
+        if blind := unchecked(states):
+            output.line(output.NOT_CHECKED + ", ".join(blind))
     if not ready:
         raise typer.Exit(NotReady.exit_code)
 
@@ -104,19 +122,49 @@ def _repaired(age_s: float | None) -> str:
     return "-" if age_s is None else f"{max(0.0, age_s):.0f}s" if age_s < 600 else f"{age_s / 60:.0f}min"
 
 
-def _troubles(node: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with a node, as it or its absence tells."""
+def _or_error(state: dict[str, Any] | DHTError) -> dict[str, Any]:
+    return {"error": str(state)} if isinstance(state, DHTError) else state
+
+
+def _troubles(node: dict[str, Any], formed: bool) -> Iterator[str]:
+    """What is wrong with a node, beside what its cluster is missing."""
     name = node["node_id"] or node["address"]
     if not node["reachable"]:
-        yield f"{name}: {node['error']}"
+        if not formed:
+            yield f"{name}: {node['error']}"
         return
-    if not node["ready"]:
+    if not node["ready"] and not formed:
         yield f"{name} waits: {node['waiting_for']}"
     for peer, link in sorted(node["peers"].items()):
         if link["status"] != "ALIVE":
             yield f"{name} holds {peer} {link['status']}"
         if not link["connected"]:
             yield f"{name} to {peer}: {link['error']}"
+
+
+def _tolerance(topology: dict[str, Any], up: set[str]) -> str:
+    """How many failures the cluster tolerates now, and why no more."""
+    count = _tolerated(topology, up)
+    replicas = min(topology["factor"], sum(member["state"] != "joining" for member in topology["members"]))
+    why = f"quorums are {Consistency.QUORUM.needed(replicas)} of {replicas} replicas"
+    if replicas < topology["factor"]:
+        why += f", as there are too few nodes for {topology['factor']}"
+    return f"failures tolerated now: {max(0, count)} ({why}{'; some keys have no quorum' if count < 0 else ''})"
+
+
+def _tolerated(topology: dict[str, Any], up: set[str]) -> int:
+    """By how many the replicas that are up exceed a quorum, of the keys that have the fewest. While a change is under
+    way that holds of the replicas before it and of those after."""
+    members = topology["members"]
+    after = [{**m, "weight": m["next_weight"] or m["weight"]} for m in members if m["state"] != "leaving"]
+    before = [] if topology["lost"] else [member for member in members if member["state"] != "joining"]
+    worst = []
+    for chosen in (before, after):
+        if chosen:
+            ring = Ring(_members({**topology, "members": chosen}), topology["hash_algorithm"], topology["factor"])
+            sets = {part.replicas for part in ring.partitions()}
+            worst += [len(up.intersection(names)) - Consistency.QUORUM.needed(len(names)) for names in sets]
+    return min(worst)
 
 
 def ring(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json: AsJson = False) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, BinaryIO
@@ -12,7 +14,7 @@ import typer
 
 from agi.core.dht.cli import files, output
 from agi.core.dht.cli.connection import DEFAULT_CONNECT, AsJson, Connect, Level, Timeout, connected
-from agi.core.dht.errors import InvalidRequest, InvalidValue
+from agi.core.dht.errors import InvalidRequest, InvalidValue, VersionConflict
 from agi.core.dht.protocol.consensus import COUNTER_MAX, COUNTER_MIN
 from agi.core.dht.types import SCAN_LIMIT_MAX, VALUE_BYTES_MAX, Fence, encode_key, ttl_to_ms
 
@@ -111,9 +113,11 @@ def put(
     - is stdin.
 
     With --if-version, --if-absent or --fence it goes through consensus, whatever --consistency says. Exit code 27: the
-    condition did not hold; 28: a later holder of the lock was there; nothing was changed.
+    condition did not hold, and the error tells the key's version; 28: a later holder of the lock was there; nothing was
+    changed.
 
-    --json prints {"key", "version", "bytes"}.
+    --json prints {"key", "version", "bytes"}; on a conflict {"key", "conflict": true, "version": the key's, 0 where it
+    is absent}.
 
     Examples:
 
@@ -134,7 +138,7 @@ def put(
     _check_version(if_version)
     shown = _fence(fence)
     data = _value(value, file)
-    with connected(connect, timeout, consistency) as client:
+    with connected(connect, timeout, consistency) as client, _conflict_shown(key, as_json=as_json):
         version = client.put(key, data, ttl_seconds=ttl, if_version=if_version, if_absent=if_absent, fence=shown)
     _stored(key, version, data, as_json=as_json)
 
@@ -155,6 +159,20 @@ def _fence(text: str | None) -> Fence | None:
     if not token.isascii() or not token.isdigit() or len(token) > 19:
         raise InvalidRequest(f"--fence takes LOCK:TOKEN, not {text!r}")
     return Fence(lock, int(token))
+
+
+@contextlib.contextmanager
+def _conflict_shown(key: str, *, as_json: bool) -> Iterator[None]:
+    """A conflict shows what the key is at now, so that a script can go on from there."""
+    try:
+        yield
+    except VersionConflict as conflict:
+        if as_json:
+            output.document({"key": key, "conflict": True, "version": conflict.version})
+        now = f"the key is at version {conflict.version}" if conflict.version else "the key is absent"
+        if conflict.message.startswith(now):
+            raise
+        raise VersionConflict(f"{conflict.message}: {now}", version=conflict.version) from None
 
 
 def _stored(key: str, version: int, data: bytes, *, as_json: bool) -> None:
@@ -212,9 +230,11 @@ def cas(
     """Store a value if the key holds a certain other; print its version.
 
     It goes through consensus: of several that compare and set at a time, one succeeds. Exit code 27: the key holds
-    something else, and nothing was changed. VALUE is taken as by put, EXPECTED as it stands.
+    something else, and nothing was changed; the error tells its version. VALUE is taken as by put, EXPECTED as it
+    stands.
 
-    --json prints {"key", "version", "bytes"}.
+    --json prints {"key", "version", "bytes"}; on a conflict {"key", "conflict": true, "version": the key's, 0 where it
+    is absent}.
 
     Examples:
 
@@ -234,7 +254,7 @@ def cas(
     ttl_to_ms(ttl)
     wanted = None if expected is None else _typed(expected)
     data = _value(value, file)
-    with connected(connect, timeout) as client:
+    with connected(connect, timeout) as client, _conflict_shown(key, as_json=as_json):
         version = client.compare_and_set(key, wanted, data, ttl_seconds=ttl)
     _stored(key, version, data, as_json=as_json)
 
@@ -287,7 +307,7 @@ def delete(
     through consensus, exit code 27 says that the key is at another version, or absent, and nothing was changed; with
     --fence, 28 that a later holder of the lock was there.
 
-    --json prints {"existed": {key: whether it held a value}}.
+    --json prints {"existed": {key: whether it held a value}}; on a conflict {"key", "conflict": true, "version"}.
 
     Examples:
 
@@ -307,7 +327,8 @@ def delete(
         if if_version is None and shown is None:
             existed = client.delete_many(dict.fromkeys(keys))
         else:
-            existed = {keys[0]: client.delete(keys[0], if_version=if_version, fence=shown)}
+            with _conflict_shown(keys[0], as_json=as_json):
+                existed = {keys[0]: client.delete(keys[0], if_version=if_version, fence=shown)}
     if as_json:
         output.document({"existed": existed})
         return

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import subprocess
-import threading
-import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from agi.core.dht.cli import output
 from agi.core.dht.cli.connection import DEFAULT_CONNECT, AsJson, Connect, Timeout, connected
@@ -24,14 +19,28 @@ if TYPE_CHECKING:
     from agi.core.dht.client.sync_locks import SyncLock
 
 NAME_VARIABLE, TOKEN_VARIABLE = "AGI_DHT_LOCK_NAME", "AGI_DHT_LOCK_TOKEN"
-LOOK_S = 0.05
-"""How often it is looked whether the lock is still held."""
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 """As shells do."""
 
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
+
+class _UnderLock(TyperCommand):
+    """Takes a command only behind `--`: nothing that was meant as one of ours (`lock status`) is run by mistake, and
+    every option in front of it is ours."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        rest: list[str] = super().parse_args(ctx, args)
+        command = list(ctx.params.get("command") or ())
+        if not ctx.resilient_parsing and given[-1 - len(command) :] != ["--", *command]:
+            ctx.fail("the command comes after --, and NAME before it: agi-dht lock NAME -- COMMAND...")
+        return rest
+
+
+@app.command(cls=_UnderLock)
 def lock(
-    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False, autocompletion=lambda: ["status"])],
     command: Annotated[
         list[str], typer.Argument(metavar="-- COMMAND...", help="What runs under the lock.", show_default=False)
     ],
@@ -53,8 +62,9 @@ def lock(
 
     Of all who run one under this NAME one does so at a time, in the order in which they came. The command finds NAME
     and the fencing token in AGI_DHT_LOCK_NAME and AGI_DHT_LOCK_TOKEN; `agi-dht put --fence NAME:TOKEN` is refused once
-    a later holder has been at the key. If the lease cannot be renewed the command gets SIGTERM, and after --grace
-    SIGKILL: by default before another can have the lock.
+    a later holder has been at the key. If the lease cannot be renewed the command, with all that it has started in its
+    process group, gets SIGTERM, and after --grace SIGKILL: by default before another can have the lock. Signals are
+    passed on to that group. Without a COMMAND, `agi-dht lock status NAME` shows who holds a lock.
 
     Exit code: the command's, 128 + N where signal N ended it; 30: another held the lock all the time; 29: it was lost.
 
@@ -87,46 +97,24 @@ def lock(
 
 def _run(command: list[str], held: SyncLock, grace_s: float) -> int:
     """The exit code of the command. Raises LockLost, once it has ended."""
+    from agi.core.dht.cli import jobs
+
     environment = {**os.environ, NAME_VARIABLE: held.name, TOKEN_VARIABLE: str(held.token)}
+    lost = False
+
+    def lose() -> None:
+        nonlocal lost
+        lost = True
+        output.note(f"the lock {held.name!r} is lost: the command is ended")
+
     try:
-        child = subprocess.Popen(command, env=environment)
+        code = jobs.run(command, environment, lambda: held.held, lose, grace_s)
     except OSError as error:
         output.note(f"error: {command[0]}: {error.strerror}")
         return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
-    kill_at: float | None = None
-    with _passed_on(child):
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                code = child.wait(LOOK_S)
-                break
-            if kill_at is None and not held.held:
-                output.note(f"the lock {held.name!r} is lost: the command is ended")
-                child.terminate()
-                kill_at = time.monotonic() + grace_s
-            elif kill_at is not None and time.monotonic() >= kill_at:
-                child.kill()
-    if kill_at is not None:
+    if lost:
         held.check()
     return code if code >= 0 else 128 - code
-
-
-@contextlib.contextmanager
-def _passed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Signals that would end this process end the command; a terminal's Ctrl-C reaches it without us."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def forward(number: int, _frame: Any) -> None:
-        child.send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGHUP)}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def lock_status(
@@ -145,7 +133,7 @@ def lock_status(
 
     Examples:
 
-        agi-dht lock-status nightly
+        agi-dht lock status nightly
     """
     lock_key(name)
     with connected(connect, timeout) as client:

@@ -11,6 +11,7 @@ import typer
 
 from agi.core.dht.cli import output
 from agi.core.dht.cli.connection import DEFAULT_CONNECT, AsJson, Connect, connected
+from agi.core.dht.cli.output import NOT_CHECKED
 
 PROGRESS_S = 2.0
 """Least time between two lines of progress."""
@@ -83,7 +84,7 @@ def remove(
     """
     with connected(connect, None) as client:
         if dry_run:
-            show_plan(client.plan("remove", node, force=force), as_json)
+            show_plan(client.plan("remove", node, force=force, lose_data=lose_data), as_json)
         else:
             after = client.remove(node, force=force, lose_data=lose_data, timeout=wait, on_progress=Progress().show)
             show_topology(after, as_json)
@@ -203,19 +204,25 @@ def cancel(wait: Patience = 60.0, connect: Connect = DEFAULT_CONNECT, as_json: A
 def wait_healthy(wait: Patience = 60.0, connect: Connect = DEFAULT_CONNECT, as_json: AsJson = False) -> None:
     """Wait until replication is whole.
 
-    That is: every member answers and is ready, no change of the members is under way, and no hint waits. If that is not
-    so in time, says what is missing.
+    That is: every member answers, is ready and connected to the others, no change of the members is under way, no hint
+    waits, and each node has compared its replicas with all who share them since one of them came back or a hint was
+    given up. That takes a few seconds after a node has started. If it is not so in time, says what is missing.
 
-    --json prints {"healthy": true}.
+    Nodes whose repair.interval_ms is 0 compare nothing: what no hint brought to them is not noticed. They are named on
+    stderr.
+
+    --json prints {"healthy": true, "unchecked": [names of such nodes]}.
 
     Example:
 
         agi-dht wait-healthy --wait 120
     """
     with connected(connect, None) as client:
-        client.wait_healthy(wait)
+        unchecked = client.wait_healthy(wait)
+    if unchecked:
+        output.note(NOT_CHECKED + ", ".join(unchecked))
     if as_json:
-        output.document({"healthy": True})
+        output.document({"healthy": True, "unchecked": unchecked})
     else:
         output.line("replication is whole")
 

@@ -11,6 +11,7 @@ import msgspec
 
 CLOSED_EXIT_CODE = 141
 """128 + SIGPIPE: how a shell sees a program whose reader has gone."""
+NOT_CHECKED = "not checked, since repair.interval_ms is 0: whether replicas miss anything at "
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\\\ud800-\udfff\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\"}
 

@@ -462,8 +462,8 @@ class DHTClient(MembershipCalls, LockCalls):
 
     def on_member_status(self, callback: StatusCallback) -> None:
         """Calls it in the event loop with (node id, MemberStatus) when a member's state has changed as one node, asked
-        every 2 s or so, holds it; at the first answer for those that are not alive. Register it before `connect` to
-        miss nothing; it may not block."""
+        every 2 s or so, holds it; at the first answer for those that are not alive. What comes and goes in between, as
+        a short suspicion does, is not told. Register it before `connect` to miss nothing; it may not block."""
         self._members.on_status(callback)
 
     async def history(self) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from agi.core.dht.errors import DHTError, InvalidRequest, StorageFull, Unavailab
 POLL_S = 0.25
 PROGRESS_S = 1.0
 ORDER_TIMEOUT_S = 10.0
+LOOKS = 2
 
 Progress = Callable[[dict[str, Any]], object]
 """Told, every second or so while a change runs, {"note", "arcs": to be filled on all nodes, "arcs_done", "keys",
@@ -103,11 +104,12 @@ class Watch:
 
 def missing(topology: dict[str, Any], states: dict[str, dict[str, Any]]) -> list[str]:
     """What keeps the cluster from full replication, as lines for people; empty if nothing does."""
-    lines = [
-        f"{member['node_id']} is {member['state']}" for member in topology["members"] if member["state"] != "normal"
-    ]
+    members = topology["members"]
+    lines = [f"{member['node_id']} is {member['state']}" for member in members if member["state"] != "normal"]
     if topology["in_transition"] and not lines:
         lines.append(f"a change is under way: {topology['note']}")
+    names = [member["node_id"] for member in members]
+    lines += [f"{name} was not asked: it is not known here yet" for name in names if name not in states]
     for name, state in sorted(states.items()):
         if "error" in state:
             lines.append(f"{name} does not answer: {state['error']}")
@@ -117,24 +119,46 @@ def missing(topology: dict[str, Any], states: dict[str, dict[str, Any]]) -> list
         if state["epoch"] != topology["epoch"]:
             lines.append(f"{name} is at epoch {state['epoch']}, not {topology['epoch']}")
         lines += [f"{name} keeps {count} hints for {target}" for target, count in state["hints"].items() if count]
+        for target, count in state.get("hints_lost", {}).items():
+            lines.append(f"{name} gave up {count} hints for {target}, which does not know of it yet")
+        for peer, link in sorted(state["peers"].items()):
+            if "error" in states.get(peer, ()):
+                continue  # it says so itself by its silence
+            if link["status"] in ("DEAD", "LEFT"):
+                lines.append(f"{name} holds {peer} {link['status']}")
+            if not link["connected"]:
+                lines.append(f"{name} to {peer}: {link['error']}")
+        change = state.get("change", {})
+        if topology["in_transition"] and change.get("arcs_done", 0) < change.get("arcs", 0):
+            lines.append(f"{name} has filled {change['arcs_done']} of {change['arcs']} arcs")
+        if not_compared := state["repair"].get("not_compared"):
+            lines.append(f"{name} has not compared all ranges yet with {', '.join(not_compared)}")
     return lines
 
 
-async def wait_healthy(topology_of: Callable[[], Any], status_of: Callable[[], Any], timeout: float) -> None:
-    """Returns when every member answers and is ready, no change is under way and no hint waits. Raises Unavailable with
-    what is missing."""
+def unchecked(states: dict[str, dict[str, Any]]) -> list[str]:
+    """The nodes that do not compare their replicas with others' (`repair.interval_ms` is 0)."""
+    return [name for name, state in sorted(states.items()) if not state.get("repair", {}).get("checked", True)]
+
+
+async def wait_healthy(topology_of: Callable[[], Any], status_of: Callable[[], Any], timeout: float) -> list[str]:
+    """Returns the nodes that are `unchecked` when nothing is `missing`. Raises Unavailable with what is missing."""
     if timeout <= 0:
         raise InvalidRequest(f"a timeout is above 0, not {timeout}")
     lines = ["nothing was asked yet"]
+    whole = 0
     try:
         async with asyncio.timeout(timeout):
             while True:
                 try:
-                    lines = missing(await topology_of(), await status_of())
+                    topology, states = await topology_of(), await status_of()
+                    lines = missing(topology, states)
                 except DHTError as error:
                     lines = [str(error)]
-                if not lines:
-                    return
+                # twice in a row: that something was missed may have been on its way from one answer to the other
+                whole = 0 if lines else whole + 1
+                if whole == LOOKS:
+                    return unchecked(states)
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
         raise Unavailable(f"not healthy after {timeout:g} s: {'; '.join(lines)}") from None
@@ -218,11 +242,16 @@ class MembershipCalls(abc.ABC):
         ChangeRefused in a recovery."""
         return await self._change({"what": "cancel"}, timeout, None)
 
-    async def wait_healthy(self, timeout: float = 60.0) -> None:
-        """Returns when replication is whole: every member answers and is ready, no change is under way and no hint
-        waits. Raises Unavailable that says what is missing."""
+    async def wait_healthy(self, timeout: float = 60.0) -> list[str]:
+        """Returns when replication is whole: every member answers, is ready and connected to the others, no change is
+        under way, no hint waits, and each node has compared its replicas with all who share them since one of them came
+        back or a hint was given up. That takes a few seconds after a node has started, more where it has many keys to
+        read for it first (`repair.build_keys_per_s`). Raises Unavailable that says what is missing.
+
+        Nodes whose `repair.interval_ms` is 0 compare nothing: what no hint brought to them is not noticed. Their names
+        are returned; usually there are none."""
         self._live()
-        await wait_healthy(self.topology, self.status, timeout)
+        return await wait_healthy(self.topology, self.status, timeout)
 
     async def plan(
         self,
@@ -230,6 +259,7 @@ class MembershipCalls(abc.ABC):
         node_id: str = "",
         *,
         force: bool = False,
+        lose_data: bool = False,
         weight: float = 0.0,
         rack: str = "",
         zone: str = "",
@@ -239,8 +269,9 @@ class MembershipCalls(abc.ABC):
         "arcs": of the ring that change hands, "moves": {node id: {"arcs", "share": of the ring, "keys", "bytes"}} of
         what each gains, "shares": {node id: {"before", "after", "ideal"}} of the ring of which it holds a replica}; of
         a recovery more (plans.py). Keys and bytes are estimates. Raises as the change itself does."""
-        order = {"what": what, "node": node_id, "force": force, "weight": float(weight), "rack": rack, "zone": zone}
-        return await order_change(self._live(), self._besides(node_id), {**order, "lost": list(lost), "dry_run": True})
+        order = {"what": what, "node": node_id, "force": force, "lose_data": lose_data, "weight": float(weight)}
+        order |= {"rack": rack, "zone": zone, "lost": list(lost), "dry_run": True}
+        return await order_change(self._live(), self._besides(node_id), order)
 
     def _besides(self, node_id: str) -> list[str]:
         return [remote.node_id for remote in self._live().up if remote.node_id != node_id] or [node_id]

@@ -531,13 +531,17 @@ class SyncDHTClient:
         node_id: str = "",
         *,
         force: bool = False,
+        lose_data: bool = False,
         weight: float = 0.0,
         rack: str = "",
         zone: str = "",
         lost: Sequence[str] = (),
     ) -> dict[str, Any]:
         """As `DHTClient.plan`."""
-        return self._call(self._client.plan(what, node_id, force=force, weight=weight, rack=rack, zone=zone, lost=lost))
+        supposed = self._client.plan(
+            what, node_id, force=force, lose_data=lose_data, weight=weight, rack=rack, zone=zone, lost=lost
+        )
+        return self._call(supposed)
 
     def wait_replaced(
         self, node_id: str, *, timeout: float = 600.0, on_progress: Progress | None = None
@@ -549,9 +553,9 @@ class SyncDHTClient:
         """As `DHTClient.cancel_change`."""
         return self._call(self._client.cancel_change(timeout=timeout))
 
-    def wait_healthy(self, timeout: float = 60.0) -> None:
+    def wait_healthy(self, timeout: float = 60.0) -> list[str]:
         """As `DHTClient.wait_healthy`."""
-        self._call(self._client.wait_healthy(timeout))
+        return self._call(self._client.wait_healthy(timeout))
 
     # --- inside
 

@@ -563,16 +563,17 @@ class MigrationConfig:
     join_timeout_ms: int = knob(
         300_000,
         integer(1000, 86_400_000),
-        "A change is given up when a node that joins has been dead for so long.",
+        "A change is given up when a node that has to fill itself for it, newcomer or member, has been dead or stopped "
+        "for so long; none is begun that needs such a node.",
         unit="ms",
         more="writes may need the answer of a dead node for longer",
-        less="a node that restarts while it joins begins anew",
+        less="a node that restarts while it joins, or a member that restarts meanwhile, makes the change begin anew",
     )
     eviction_timeout_ms: int = knob(
         3_600_000,
         integer(0, 2_592_000_000),
-        "A member that has been dead for so long is removed and its replicas are made anew: one at a time, none while "
-        "several are dead, and never so that fewer nodes than replicas remain. 0: never.",
+        "A member that has been dead or stopped for so long is removed and its replicas are made anew: one at a time, "
+        "none while several are away, and never so that fewer nodes than replicas remain. 0: never.",
         unit="ms",
         more="data stays with one replica less for longer after a loss",
         less="data moves for a node that would have come back",

@@ -126,7 +126,8 @@ class Report:
         differing: of these ranges.
         leaves: whose records were compared.
         differences: keys of which one side was behind.
-        behind: keys of which this side was, without those under consensus, whose ballots tell nothing of their age.
+        behind: keys of which this side was in what it had to be level up to, without those under consensus, whose
+            ballots tell nothing of their age.
         young: keys that differ, but were written a moment ago.
         sent, received: records.
     """
@@ -154,6 +155,7 @@ class Exchange:
         young: whether a record of this HLC may still be under way.
         late: whether a record at this token and of this HLC, of which this node holds nothing, was reclaimed here: a
             peer that was not told to reclaim keeps it until the next round, and it is no difference until then.
+        level: up to this version `Report.behind` counts.
     """
 
     def __init__(
@@ -168,6 +170,7 @@ class Exchange:
         completed: bool,
         young: Callable[[int], bool],
         late: Callable[[int, int], bool],
+        level: int = REGISTERED - 1,
     ) -> None:
         self.report = Report()
         self._completed = completed
@@ -179,6 +182,7 @@ class Exchange:
         self._salt = salt
         self._young = young
         self._late = late
+        self._level = level
         self._expand: list[Node] = []
         self._asked: list[tuple[Node, int]] = []
         self._leaves: deque[Node] = deque()
@@ -368,14 +372,14 @@ class Exchange:
             if ours >= theirs:
                 self._send.append((entry.key, entry.size))
             if theirs >= ours:
-                report.behind += theirs < REGISTERED
+                report.behind += theirs <= self._level
                 self._fetch.append(entry.token)
         for token, hlc in extra.items():
             if young(hlc):
                 report.young += 1
             elif not self._late(token, hlc):
                 report.differences += 1
-                report.behind += hlc < REGISTERED
+                report.behind += hlc <= self._level
                 self._fetch.append(token)
         for entry in self._entries:  # what was written meanwhile explains why the sums differed
             if young(hlc_of(entry.header)):

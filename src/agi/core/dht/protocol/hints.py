@@ -138,12 +138,14 @@ class Hints:
     Attributes:
         stored, replayed: how many hints were taken, and how many their targets confirmed.
         dropped: how many were given up, by reason.
+        lost: target -> how many were given up that it still lacks, since it was last told so.
     """
 
     def __init__(self, bytes_max: int, age_max_ms: int) -> None:
         self.stored = 0
         self.replayed = 0
         self.dropped: dict[Dropped, int] = dict.fromkeys(Dropped, 0)
+        self.lost: dict[str, int] = {}
         self._bytes_max = bytes_max
         self._age_max_ms = age_max_ms
         self._number = 0
@@ -208,6 +210,18 @@ class Hints:
             if disk != queue.disk:
                 why = Dropped.NO_MEMBER if disk is None else Dropped.OTHER_DISK
                 self._give_up(queue, list(queue.hints.values()), why)
+        self.lost = {node: count for node, count in self.lost.items() if node in disks}
+
+    def lose(self, node: str, count: int) -> None:
+        """That node missed so many records of which no hint is kept."""
+        self.lost[node] = self.lost.get(node, 0) + count
+
+    def told(self, node: str, count: int) -> None:
+        """The target knows of so many lost ones, and looks for what they held elsewhere."""
+        if self.lost.get(node, 0) <= count:
+            self.lost.pop(node, None)
+        else:
+            self.lost[node] -= count
 
     def drop(self, condition: Callable[[Hint], bool]) -> int:
         """Gives up what meets the condition; returns how many."""
@@ -305,6 +319,8 @@ class Hints:
             size -= hint.cost
         self._give_up(queue, full, Dropped.FULL)
         self._give_up(queue, old, Dropped.OLD)
+        if full or old:
+            self.lose(queue.node, len(full) + len(old))
         if not queue.hints:
             self._queues.pop(queue.node, None)
 

@@ -233,7 +233,7 @@ class WatchReply(Message):
 
 class Query(Message):
     """Rare questions: `what` is "topology", "history", "status", "stats", "locate" (with a key), "repair" (`key`:
-    empty, or first and last token), "repair_state" or "change" (`key`: a packed changes.Order)."""
+    empty, or first and last token), "repair_state", "change" (`key`: packed changes.Order) or "missed" (handoff.py)."""
 
     id: int
     what: str

@@ -14,6 +14,7 @@ cluster.py     nodes on hosts, watched from outside; votes.py: what they tell of
 checks.py      judges a history of client calls
 trial.py       `run_seed`: one seed of a cluster; formation.py: `run_formation`, one seed of its bootstrap
 report.py      what a seed ended with
+history.py     histories of operations under consensus, and linearizability/, which judges them (docs/histories.md)
 run.py         many seeds, from the command line (docs/simulation.md)
 membership.py  thousands of failure detectors alone; scale.py: what they, and the ring, do at such sizes
 """
@@ -24,7 +25,11 @@ from agi.core.dht.testing.cluster import SimCluster
 from agi.core.dht.testing.disk import DiskFaults, SimDisk, SimStore
 from agi.core.dht.testing.faults import Fault, FaultDriver, FaultKind, FaultMix, FaultPlan
 from agi.core.dht.testing.formation import run_formation
+from agi.core.dht.testing.history import Function, MalformedHistory
+from agi.core.dht.testing.history import History as OperationHistory
 from agi.core.dht.testing.host import Host
+from agi.core.dht.testing.linearizability import Verdict
+from agi.core.dht.testing.linearizability import check as check_linearizability
 from agi.core.dht.testing.loop import Deadlock, LimitReached, SimLoop, SimulationError
 from agi.core.dht.testing.membership import MemberNet
 from agi.core.dht.testing.network import LinkFaults, SimNetwork, SimTransport
@@ -46,12 +51,15 @@ __all__ = [
     "FaultMix",
     "FaultPlan",
     "Finding",
+    "Function",
     "History",
     "Host",
     "LimitReached",
     "LinkFaults",
+    "MalformedHistory",
     "MemberNet",
     "Operation",
+    "OperationHistory",
     "Outcome",
     "Profile",
     "Report",
@@ -67,8 +75,10 @@ __all__ = [
     "Simulation",
     "SimulationError",
     "Trace",
+    "Verdict",
     "Workload",
     "check_history",
+    "check_linearizability",
     "quiet_logs",
     "run_formation",
     "run_seed",

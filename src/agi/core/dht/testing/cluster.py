@@ -16,7 +16,6 @@ from typing import Any
 import msgspec
 
 from agi.core.dht.antientropy import Totals
-from agi.core.dht.changes import Order
 from agi.core.dht.client import DHTClient
 from agi.core.dht.config import Config, load_config
 from agi.core.dht.errors import DHTError, Removed
@@ -51,12 +50,13 @@ from agi.core.dht.testing.checks import Finding
 from agi.core.dht.testing.disk import SimDisk
 from agi.core.dht.testing.host import Host
 from agi.core.dht.testing.network import SimNetwork, SimTransport
+from agi.core.dht.testing.operators import Operators
 from agi.core.dht.testing.reclaiming import leftover, unlevelled
 from agi.core.dht.testing.scenario import Churn, Scenario, address_of
 from agi.core.dht.testing.simulation import Simulation
 from agi.core.dht.testing.votes import Votes
 from agi.core.dht.testing.workload import TIMED
-from agi.core.dht.topology import LEAVING, NORMAL, Topology, unpack
+from agi.core.dht.topology import NORMAL, Topology, unpack
 from agi.core.dht.types import MemberStatus
 
 PING_INTERVAL_S, IDLE_TIMEOUT_S = 0.5, 1.5
@@ -68,7 +68,6 @@ EQUAL_S = 30.0
 RECLAIM_S, RECLAIM_LAG_MS = 60.0, 3000
 """By when replicas are equal without being read: some intervals after the last write has ceased to be young, which
 clocks that are behind delay."""
-PROPOSE_TIMEOUT_S = 2.0
 _POLL_S = 0.05
 
 
@@ -81,6 +80,7 @@ class SimCluster:
         metrics, hints, repairs, reclaimers: of every process that was started.
         findings: what was seen on the wire.
         votes: what was told of votes on keys.
+        operators: what is ordered at nodes.
         starts_failed, exits: processes that could not start, and those that ended by themselves.
         lost: members whose disk was lost, and that disk's id, until the cluster has let the member go.
     """
@@ -103,10 +103,7 @@ class SimCluster:
         self.exits = 0
         self.settling = False
         """The faults are over: no new epoch is proposed."""
-        self.proposed = 0
-        self.agreed = 0
-        self.ordered = 0
-        self.changed = 0
+        self.operators = Operators(self)
         self.absent = set(scenario.joiners)
         """Those that are not to be started yet."""
         self.let_go: set[str] = set()
@@ -119,7 +116,8 @@ class SimCluster:
         self._epochs: dict[tuple[str, int, int], str] = {}
         self.lost: dict[str, str] = {}
         self.disks_lost = 0
-        self._replacing: set[str] = set()
+        self.replacing: set[str] = set()
+        """Hosts that were started to take a member's place."""
         self._asked: dict[tuple[str, str, int], int] = {}
         self._configs: dict[str, Config] = {}
         self._records: dict[tuple[bytes, bytes], bytes] = {}
@@ -149,6 +147,7 @@ class SimCluster:
             nonlocal before
             if what == "topology":
                 topology = unpack(value)
+                self.operators.saw(topology)
                 for key in leftover(name, before, topology, disk, self.scenario.workload.names):
                     self._find("leftover", f"{name} gains {key} in epoch {topology.epoch} and holds old data of it")
                 before = topology
@@ -169,7 +168,7 @@ class SimCluster:
         """The host's disk is lost, and it has an empty one. Only one member's at a time, and only of three or more that
         are to stay: more the cluster need not survive. False if it is not."""
         newest = self.newest()
-        if newest is None or self._lost(newest) or self.settling:
+        if newest is None or self.still_lost(newest) or self.settling:
             return False
         member = newest.by_id.get(name)
         staying = sum(other.state == NORMAL for other in newest.members)
@@ -182,10 +181,10 @@ class SimCluster:
         churn = self.scenario.churn
         if churn is not None and self.sim.stream(f"lost/{self.disks_lost}").random() < churn.replaces_share:
             self._configure(name, map(address_of, self.scenario.nodes), name)
-            self._replacing.add(name)
+            self.replacing.add(name)
         return True
 
-    def _lost(self, newest: Topology) -> dict[str, str]:
+    def still_lost(self, newest: Topology) -> dict[str, str]:
         """`lost` as of now: without those that the cluster has let go, or taken back, which it must not."""
         if self.lost and not newest.in_transition:
             disks = {member.node_id: member.disk_id for member in newest.members}
@@ -228,12 +227,12 @@ class SimCluster:
         down = [other for other in newest.by_id if other in self.lost or not self.sim.hosts[other].alive]
         if down and rng.random() < churn.replaces_share:
             self._configure(name, map(address_of, self.scenario.nodes), rng.choice(down))
-            self._replacing.add(name)
+            self.replacing.add(name)
 
     def _give_up_replacing(self) -> None:
         """Who was started to replace a member that is alive again, or gone, is started without that."""
-        for name in sorted(self._replacing):
-            self._replacing.discard(name)
+        for name in sorted(self.replacing):
+            self.replacing.discard(name)
             self._configure(name, map(address_of, self.scenario.nodes))
             node = self.running.get(name)
             if node is not None and node.topology is None:
@@ -279,76 +278,11 @@ class SimCluster:
             return
         await seed.listen(address_of(name), node)
         self.running[name] = node
-        operator = asyncio.create_task(self._operate(node, self.sim.stream(f"operator/{name}/{host.incarnation}")))
-        rng = self.sim.stream(f"changes/{name}/{host.incarnation}")
-        churn = self.scenario.churn
-        orders = asyncio.create_task(self._change(node, rng) if churn is None else self._churn(node, rng, churn))
+        orders = self.operators.work(node, host.incarnation)
         await fatal.wait()
-        operator.cancel()
-        orders.cancel()
+        for each in orders:
+            each.cancel()
         self.exits += 1
-
-    async def _operate(self, node: Node, rng: random.Random) -> None:
-        """Proposes epochs at this node that change nothing but their note, until the faults are over."""
-        every_s = self.scenario.epochs_every_s * len(self.scenario.nodes)
-        while every_s and not self.settling:
-            await asyncio.sleep(rng.expovariate(1 / every_s))
-            agreement = node.epochs.agreement
-            if agreement is None or self.settling:
-                continue
-            self.proposed += 1
-            try:
-                await agreement.propose(partial(_noted, f"{node.node_id} {self.proposed}"), PROPOSE_TIMEOUT_S)
-            except DHTError as error:
-                self.sim.trace.record("not-agreed", f"{node.node_id} {type(error).__name__}")
-            else:
-                self.agreed += 1
-
-    async def _change(self, node: Node, rng: random.Random) -> None:
-        """Orders at this node that some node leave, or that a change be undone, until the faults are over."""
-        every_s = self.scenario.changes_every_s * len(self.scenario.nodes)
-        while every_s and not self.settling:
-            await asyncio.sleep(rng.expovariate(1 / every_s))
-            if node.epochs.agreement is None or self.settling:
-                continue
-            what = rng.choice(("leave", "leave", "remove", "cancel"))
-            await self._order(node, Order(what, rng.choice(node.known_topology.members).node_id))
-
-    async def _churn(self, node: Node, rng: random.Random, churn: Churn) -> None:
-        """Orders at this node one change after the other; whose disk is lost, is removed, after the faults too."""
-        every_s = self.scenario.changes_every_s * len(self.scenario.nodes)
-        while True:
-            await asyncio.sleep(rng.expovariate(1 / every_s))
-            if node.epochs.agreement is None:
-                continue
-            topology = node.known_topology
-            lost = self._lost(self.newest() or topology)
-            dead = [name for name in topology.by_id if node.detector.status(name) in GONE and name != node.node_id]
-            if lost and (self.settling or rng.getrandbits(1)):
-                name = next(iter(lost))
-                member = topology.by_id.get(name)
-                held_up = topology.in_transition and member is not None and member.state != LEAVING
-                await self._order(node, Order("cancel") if held_up else Order("remove", name, force=True))
-            elif self.settling:
-                continue
-            elif topology.in_transition:
-                if rng.random() < churn.cancel_share:
-                    await self._order(node, Order("cancel"))
-            elif not churn.rest_s or self.sim.now % (2 * churn.rest_s) < churn.rest_s:
-                force = rng.random() < churn.force_share
-                what, names = ("remove", dead) if dead and rng.getrandbits(1) else ("leave", list(topology.by_id))
-                if rng.random() < churn.weight_share:
-                    what = "weight"
-                await self._order(node, Order(what, rng.choice(names), force=force, weight=rng.choice((1.0, 2.0, 3.0))))
-
-    async def _order(self, node: Node, order: Order) -> None:
-        self.ordered += 1
-        try:
-            await node.changes.order(order)
-        except DHTError as error:
-            self.sim.trace.record("not-changed", f"{node.node_id} {order} {type(error).__name__}")
-        else:
-            self.changed += 1
 
     def _ended(self, name: str, power_loss: bool) -> None:
         self.running.pop(name, None)
@@ -659,11 +593,6 @@ class SimCluster:
         self.sim.trace.record("finding", f"{check}: {text}")
         if len(self.findings) < 100:
             self.findings.append(Finding(check, text))
-
-
-def _noted(note: str, base: Topology) -> Topology | None:
-    """An epoch with this note, once."""
-    return None if base.note == note else base.next(base.members, note, 0)
 
 
 def _disk_id(disk: SimDisk) -> str:

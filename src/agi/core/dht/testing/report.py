@@ -21,8 +21,20 @@ from agi.core.dht.testing.simulation import Simulation, run_simulation
 
 STEPS_MAX = 2_000_000
 """Callbacks of a seed: some fifty times as many as the busiest takes, so that one that spins is found soon."""
-MUST_HAPPEN = ("acknowledged", "crashes that lost data", "drops", "partitions", "duplicates")
-"""What a run of many seeds must have seen at least once, or it has tested nothing."""
+MUST_HAPPEN = (
+    "acknowledged",
+    "crashes that lost data",
+    "drops",
+    "partitions",
+    "duplicates",
+    "joins",
+    "leaves",
+    "reclaimed",
+)
+"""What a run of some seeds must have seen at least once, or it has tested nothing."""
+RARE = ("removals", "evictions", "replacements", "new disks", "disks lost", "weights", "wide batches")
+"""The same of a run of at least MANY_SEEDS seeds."""
+MANY_SEEDS = 200
 
 
 @dataclass(slots=True)

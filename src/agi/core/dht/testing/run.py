@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from agi.core.dht.testing.formation import run_formation
-from agi.core.dht.testing.report import MUST_HAPPEN, Report
+from agi.core.dht.testing.report import MANY_SEEDS, MUST_HAPPEN, RARE, Report
 from agi.core.dht.testing.scenario import Profile, Turn
 from agi.core.dht.testing.trial import run_seed
 
@@ -53,9 +53,9 @@ def run_seeds(
             yield from reports
 
 
-def missing(counts: Counter[str]) -> list[str]:
-    """What had to happen in a run and did not."""
-    return [name for name in MUST_HAPPEN if not counts[name]]
+def missing(counts: Counter[str], seeds: int) -> list[str]:
+    """What had to happen in a run of so many seeds and did not."""
+    return [name for name in MUST_HAPPEN + (RARE if seeds >= MANY_SEEDS else ()) if not counts[name]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,7 +94,7 @@ def _run_many(seeds: Sequence[int], jobs: int, profile: Profile | None, turn: Tu
     _say("in all: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     for report in failed:
         _say(f"FAILED: {report.findings[0].check}; replay it with {_replay(report, profile, turn)}")
-    lacking = missing(counts) if profile is None else []
+    lacking = missing(counts, len(seeds)) if profile is None else []
     if lacking:
         _say(f"FAILED: nothing was tested, for these never happened: {', '.join(lacking)}")
     return 1 if failed or lacking else 0

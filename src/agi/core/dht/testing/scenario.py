@@ -46,7 +46,13 @@ _SHARES = {Profile.CALM: 1, Profile.NETWORK: 3, Profile.POWER: 3, Profile.CLOCKS
 _NETWORK = {FaultKind.PARTITION: 3.0, FaultKind.ONE_WAY: 4.0, FaultKind.CLOG: 2.0}
 _POWER = {FaultKind.CRASH: 2.0}
 _CLOCKS = {FaultKind.CLOCK_JUMP: 2.0, FaultKind.CRASH: 3.0}
-_CHAOS = {**_NETWORK, FaultKind.CRASH: 4.0, FaultKind.PAUSE: 4.0, FaultKind.CLOCK_JUMP: 4.0}
+_CHAOS = {
+    **_NETWORK,
+    FaultKind.CRASH: 4.0,
+    FaultKind.PAUSE: 4.0,
+    FaultKind.CLOCK_JUMP: 4.0,
+    FaultKind.SWIZZLE: 5.0,
+}
 _CONSENSUS = {
     FaultKind.PARTITION: 3.0,
     FaultKind.ONE_WAY: 3.0,
@@ -80,6 +86,8 @@ _MIXES = {
 _KEYS = (1, 2, 4, 8)
 _KEYS_HOT = (1, 1, 2, 4)
 """Versions can only meet where a key is written again and again."""
+WIDE_SHARE, WIDE_KEYS = 0.4, 16
+"""Of the seeds with more nodes than replicas, and the keys, any number of which may be in a batch."""
 _BLACKOUT_EVERY_S = {Profile.CONSENSUS: 4.0, Profile.POWER: 1.5, Profile.CLOCKS: 1.5, Profile.CHAOS: 5.0}
 """Mean time between power cuts of the whole cluster."""
 _CALMER = 2.5
@@ -127,6 +135,8 @@ _TURN_EVERY_S: dict[Turn, dict[FaultKind, float]] = {
     Turn.LOSE: {FaultKind.WIPE: 1.0},
     Turn.ALL: {FaultKind.ONE_WAY: 6.0, FaultKind.PAUSE: 6.0, FaultKind.CRASH: 6.0, FaultKind.WIPE: 6.0},
 }
+EVICTION_MS = 200
+"""Of clusters that are left to evict who is dead: so short that they get to it before it is back."""
 _TURN_FOR_S = {Turn.LAG: (0.3, 1.2), Turn.SHRINK: (3.0, 6.0)}
 
 
@@ -142,6 +152,7 @@ class Churn:
         cancel_share: of the orders that fall into a change, those that undo it; the others are not given.
         replaces_share: of the nodes that start as new while a member is down, those that are to take its place.
         weight_share: of the orders, those that change a member's weight instead.
+        evicts: who is dead is left to the cluster, which removes it by itself; meanwhile nothing is ordered.
     """
 
     turn: Turn
@@ -151,6 +162,7 @@ class Churn:
     cancel_share: float
     replaces_share: float
     weight_share: float
+    evicts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +182,7 @@ class Scenario:
             node; 0 for none.
         churn: how members change all the time, instead.
         read_last: whether the judge reads only after all replicas have become equal without that; else it reads first,
-            so that what repair would hide is seen.
+            so that what repair would hide is seen. Where members churn it reads first anyway, half of the keys.
     """
 
     seed: int
@@ -233,7 +245,7 @@ class Scenario:
             start_s,
             rng.getrandbits(2) == 0 and profile is not Profile.CONSENSUS,
             rng.choice((0.0, 0.2, 1.0)),
-            (workload := _workload(rng, profile, seed)),
+            (workload := _widened(_workload(rng, profile, seed), seed, profile, count > factor)),
             _plan(rng, profile, nodes, safety_s, workload.locking),
             random.Random(f"{seed}/read last").getrandbits(1) == 0,
             joiners,
@@ -265,7 +277,7 @@ def decides(seed: int) -> bool:
 
 def _churn(seed: int, turn: Turn | None) -> Scenario:
     """Few points on the ring, so that a change moves much; hints and comparisons are off, so that nothing but reads and
-    later writes brings to a replica what it missed."""
+    later writes brings to a replica what it missed, until operators have it repaired when the faults are over."""
     rng = random.Random(f"{seed}/churning")
     drawn = rng.choices(list(_TURNS), list(_TURNS.values()))[0]
     turn = turn or drawn
@@ -275,6 +287,7 @@ def _churn(seed: int, turn: Turn | None) -> Scenario:
     nodes = tuple(f"n{number}" for number in range(1, 1 + count + (1 if shrinks else 2)))
     first, joiners = nodes[:count], nodes[count:]
     safety_s = rng.uniform(8.0, 12.0)
+    evicts = turn in (Turn.LOSE, Turn.ALL) and random.Random(f"{seed}/evicts").getrandbits(1) == 0
     mix = replace(
         _CHURN,
         every_s={**_CHURN.every_s, **_TURN_EVERY_S[turn]},
@@ -303,6 +316,8 @@ def _churn(seed: int, turn: Turn | None) -> Scenario:
             "migration.join_timeout_ms": 1000,
             "migration.bytes_per_s": rng.choice((4096, 1 << 24)),
             "migration.eviction_timeout_ms": rng.choice((0, 0, 1000)),
+            **({"migration.eviction_timeout_ms": EVICTION_MS} if evicts else {}),
+            "reclaim.lag_ms": 500,
         },
         {name: rng.randint(-SKEW_MS_MAX, SKEW_MS_MAX) for name in nodes},
         {name: 1.0 + rng.uniform(-DRIFT, DRIFT) for name in nodes},
@@ -342,6 +357,7 @@ def _churn(seed: int, turn: Turn | None) -> Scenario:
             cancel_share=rng.choice((0.0, 0.02)),
             replaces_share=0.5,
             weight_share=0.0 if shrinks else rng.choice((0.0, 0.3)),
+            evicts=evicts,
         ),
     )
 
@@ -415,6 +431,14 @@ def _workload(rng: random.Random, profile: Profile, seed: int) -> Workload:
         registers=(registers := random.Random(f"{seed}/registers")).choice((0, 1, 1, 2)),
         counters=registers.choice((0, 1)),
     )
+
+
+def _widened(workload: Workload, seed: int, profile: Profile, spread: bool) -> Workload:
+    """In some of the seeds whose keys have different replica sets batches are large, so that one goes to many sets."""
+    if not spread or profile is Profile.CONSENSUS or random.Random(f"{seed}/batches").random() >= WIDE_SHARE:
+        return workload
+    weights = {**workload.weights, Operation.GET_MANY: 2.0, Operation.PUT_MANY: 2.0, Operation.SCAN: 0.1}
+    return replace(workload, keys=WIDE_KEYS, weights=weights, batch_max=WIDE_KEYS, think_s=2 * workload.think_s)
 
 
 def _locking(rng: random.Random) -> Locking | None:

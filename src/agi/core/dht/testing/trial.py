@@ -3,15 +3,19 @@
 1. The nodes boot in a drawn order; clients work; faults happen, from the start or once the cluster has formed.
 2. Everything is healed. Clients finish. All nodes must be connected again within a bounded time.
 3. At rest, all replicas of every key must become equal without being read; every key is read at QUORUM and all are
-   scanned; then the history and the disks are judged (checks.py). In half of the seeds the reads come first.
+   scanned; then the history and the disks are judged (checks.py). In half of the seeds the reads come first. What was
+   deleted must be reclaimed, and is looked for once more. Where nothing heals replicas by itself, which is so in churn,
+   the nodes are told to repair and to reclaim.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from agi.core.dht.client import DHTClient
 from agi.core.dht.protocol.record import EXPIRES, FLAGS, HEADER, TOMBSTONE
@@ -124,24 +128,7 @@ class _Trial:
         if stuck is not None:
             findings.append(stuck)
         else:
-            await asyncio.sleep(self.scenario.workload.timeout_s + 1.0)  # what coordinators still had in hand
-            if self.scenario.read_last:
-                await self._equal()
-            self.judge.host.boot(self._judge)
-            await self.judge.host.wait_end()
-            if self.locksmith is not None:
-                self.locksmith.host.boot(partial(self._take_locks, self.locksmith))
-                await self.locksmith.host.wait_end()
-            left = await self.cluster.wait_handed_off()
-            if left is not None:
-                findings.append(left)
-            if not self.scenario.read_last:
-                await self._equal()
-            if "reclaim.interval_ms" in self.scenario.settings:
-                kept = await self.cluster.wait_reclaimed(self.scenario.workload.names)
-                if kept is not None:
-                    findings.append(kept)
-                await self._equal()
+            await self._rest()
         findings += check_history(self.history)
         findings += conditional.judge(self.decisions)
         findings += [Finding("deadline", f"{call} never returned") for call in unfinished(self.history.calls)]
@@ -184,10 +171,55 @@ class _Trial:
 
     # --- at rest
 
+    async def _rest(self) -> None:
+        """Whatever was left undone comes to its end, and the judge reads."""
+        scenario, findings = self.scenario, self.report.findings
+        await asyncio.sleep(scenario.workload.timeout_s + 1.0)  # what coordinators still had in hand
+        if scenario.churn is not None:
+            await self._judged(self._look)
+            self.cluster.operators.keep_up()
+            await self._equal()
+            await self._reclaimed()
+        elif scenario.read_last:
+            await self._equal()
+        await self._judged(self._judge)
+        if self.locksmith is not None:
+            self.locksmith.host.boot(partial(self._take_locks, self.locksmith))
+            await self.locksmith.host.wait_end()
+        left = await self.cluster.wait_handed_off()
+        if left is not None:
+            findings.append(left)
+        if not scenario.read_last:
+            await self._equal()
+        if "reclaim.interval_ms" in scenario.settings:
+            await self._reclaimed()
+            await self._judged(self._look)
+
+    async def _judged(self, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self.judge.host.boot(main)
+        await self.judge.host.wait_end()
+
+    async def _reclaimed(self) -> None:
+        """All that was deleted goes, and replicas are equal then too."""
+        kept = await self.cluster.wait_reclaimed(self.scenario.workload.names)
+        if kept is not None:
+            self.report.findings.append(kept)
+        await self._equal()
+
+    async def _look(self) -> None:
+        """Reads at QUORUM show what was kept: before repair hides it, or once what was deleted has been reclaimed. Half
+        of the keys may be left, for repair to find them as they are."""
+        client = await self.judge.connected()
+        assert client is not None  # nobody tells the judge to stop
+        leaves = self.scenario.churn is not None and self.scenario.read_last
+        for key in self.scenario.workload.names[:: 2 if leaves else 1]:
+            await self._read(client, key, Consistency.QUORUM)
+        await client.close()
+
     async def _equal(self) -> None:
         """All replicas of every key become the same by themselves, and nothing is lost on the way."""
         names = [*self.scenario.workload.names, *self._decided_keys()]
-        if self.scenario.settings["repair.interval_ms"]:
+        if self.scenario.settings["repair.interval_ms"] or self.cluster.operators.keeping_up:
             different = await self.cluster.wait_equal(names)
             if different is not None:
                 self.report.findings.append(different)
@@ -271,6 +303,7 @@ class _Trial:
         report.counts["votes watched"] = self.cluster.votes.checked
         report.counts["locks taken"] = self.exclusion.entered
         report.counts["locks lost"] = self.exclusion.lost
+        report.counts["wide batches"] = self.recorder.wide
         report.counts["unknown"] = calls[Outcome.UNKNOWN]
         report.counts["failed"] = calls[Outcome.FAILED]
         count_faults(report, self.cluster, self.driver)
@@ -283,11 +316,12 @@ class _Trial:
         report.counts["rounds"] = sum(each.rounds for each in self.cluster.reclaimers)
         report.counts["reclaimed"] = sum(each.reclaimed for each in self.cluster.reclaimers)
         report.counts["below floors"] = sum(each.replica_below_floor for each in metrics)
-        report.counts["epochs proposed"] = self.cluster.proposed
-        report.counts["epochs agreed"] = self.cluster.agreed
-        report.counts["changes ordered"] = self.cluster.ordered
-        report.counts["changes begun"] = self.cluster.changed
-        report.counts["joined"] = len(set(self.scenario.joiners) - self.cluster.absent)
+        operators = self.cluster.operators
+        report.counts["epochs proposed"] = operators.proposed
+        report.counts["epochs agreed"] = operators.agreed
+        report.counts["changes ordered"] = operators.ordered
+        report.counts["changes begun"] = operators.begun
+        report.counts.update(operators.changes)
         report.counts["let go"] = self.cluster.left
         report.counts["disks lost"] = self.cluster.disks_lost
         report.counts["declared dead"] = self.cluster.declared_dead

@@ -25,6 +25,8 @@ from agi.core.dht.types import Consistency
 DEADLINE_SLACK_S = 2 * TICK_S
 """A deadline falls into a slot of the timer wheel (one tick), which is looked at every tick (another)."""
 CONNECT_TIMEOUT_S = 3.0
+WIDE_MIN = 8
+"""Keys of a batch that counts as wide."""
 PREFIX = "k"
 TIMED, TTL_S = b"t", 30 * 86_400.0
 """Values that begin so were put with this TTL: no clock comes that far, and no record of them may lose it."""
@@ -146,6 +148,8 @@ class Recorder:
     def __init__(self, sim: Simulation, history: History) -> None:
         self._sim = sim
         self.history = history
+        self.wide = 0
+        """Wide batches that have ended well."""
 
     def begin(
         self, client: str, action: Action, key: str, value: bytes | None, level: Consistency, limit_s: float
@@ -344,6 +348,7 @@ class Client:
         except BatchError as error:
             self._partly(calls, error.failed)
             return
+        self._recorder.wide += len(keys) >= WIDE_MIN
         for call in calls:
             result = results[call.key]
             if call.action is Action.READ:

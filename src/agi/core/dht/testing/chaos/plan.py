@@ -146,6 +146,36 @@ PICKS = 8
 PICK_MAX = 1 << 16
 
 
+EACH_LASTS_S, EACH_PAUSE_S = 1.5, 0.7
+"""Of each fault, where every one happens once: longer than a lease."""
+EACH = (
+    (Fault.HOLDER_KILL, Fault.SKEW, Fault.HOLDER_FREEZE),
+    (
+        # members first, as they wait for every node; then what leaves all running; all nodes at once last
+        *(Fault.JOIN, Fault.LEAVE),
+        *(Fault.FULL_DISK, Fault.FREEZE, Fault.DEAF, Fault.MUTE, Fault.PARTITION),
+        *(Fault.KILL, Fault.POWER_LOSS, Fault.KILL_ALL, Fault.POWER_LOSS_ALL),
+    ),
+)
+EACH_PICKS = (3, 1, 1, 1, 1, 1, 1, 1)
+"""A node that has joined three others leaves again, a clock jumps in the midst, a disk fails before its node ends."""
+
+
+def each(*, without: Collection[Fault] = ()) -> dict[str, list[Step]]:
+    """Every fault once, in a fixed order; a step that is late begins when the one before it is over."""
+    plan = {}
+    for number, faults in enumerate(EACH):
+        at_s, steps = EACH_PAUSE_S, []
+        for fault in faults:
+            if fault in without:
+                continue
+            lasts_s = 0.0 if fault in MEMBERS else EACH_LASTS_S
+            steps.append(Step(at_s, fault, lasts_s, EACH_PICKS))
+            at_s += lasts_s + EACH_PAUSE_S
+        plan[f"each {number}"] = steps
+    return plan
+
+
 def draw(
     seed: int, seconds: float, *, without: Collection[Fault] = (), lanes: Sequence[Lane] = LANES
 ) -> dict[str, list[Step]]:

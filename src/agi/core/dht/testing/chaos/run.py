@@ -168,6 +168,8 @@ class Chaos:
         nodes_min = max(3, self._size - 1)
         faults = Faults(self._nodes, self._network, holders, operator, journal, self._small, nodes_min)
         lanes = plan.draw(given.seed, given.seconds, without=self._without)
+        if given.each:
+            lanes = plan.each(without=self._without)
         stop = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             for writer in self._writers:
@@ -257,6 +259,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--without", default="", metavar="FAULTS", help="faults that are left out, with commas between them"
+    )
+    made.add_argument(
+        "--each", action="store_true", help="every fault once, in a fixed order, for --seconds or as long as it takes"
     )
     made.add_argument("--keep", action="store_true", help="keep data and logs also if nothing was violated")
     made.add_argument("--came-from", default="", help=argparse.SUPPRESS)
