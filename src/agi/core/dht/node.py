@@ -160,7 +160,7 @@ class Node:
         self._sessions: dict[tuple[str, str], Session] = {}
         self._links = 0
         self._listeners: list[Listener] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}
         self._debug = config.observability.log_level == "debug"
         """Then every request and replica message is logged with its correlation id."""
         self._failures = Throttle()
@@ -354,11 +354,11 @@ class Node:
 
     def _own(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine, name=name)
-        self._tasks.add(task)
+        self._tasks[task] = None
         task.add_done_callback(self._task_ended)
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        self._tasks.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.critical("background_task_failed", task=task.get_name(), error=repr(error), exc_info=error)
             self.fail(error if isinstance(error, DHTError) else DHTError(f"{task.get_name()} failed: {error!r}"))

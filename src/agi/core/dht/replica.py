@@ -81,7 +81,7 @@ class Replica:
         self._refusals = Throttle(1)
         self._queue: deque[tuple[int, list[bytes], list[bytes], bool, WriteDone, HeldDone | Decide | None]] = deque()
         self._queued = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}
         self.on_change: Changed | None = None
         """Told of keys whose records are about to change, of the headers that they had, and which had none."""
         self.promises: dict[bytes, bytes] = {}
@@ -551,11 +551,11 @@ class Replica:
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
+        self._tasks[task] = None
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        self._tasks.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.critical("replica_task_failed", error=repr(error))
             self.on_store_failed(StorageError(f"the store's worker ended: {error!r}"))

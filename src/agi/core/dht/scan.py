@@ -123,7 +123,7 @@ class Scanner:
         self._calls = calls
         self._clock = clock
         self._metrics = metrics
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}
         self._turn = 0
         self.decide: Decide = undecided
         """As in `Requests`."""
@@ -145,8 +145,8 @@ class Scanner:
             reply(ScanReply(request.id, [], [], b"", refused.to_wire()))
             return
         task = asyncio.get_running_loop().create_task(self._run(request, level, reply, trace))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = None
+        task.add_done_callback(self._tasks.pop)
 
     @property
     def pending(self) -> int:

@@ -17,11 +17,12 @@ async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
     One cancellation can get lost: to a library that takes it for one of its own (grpc.aio, now and then), or to code
     that meets it while it handles another error. So what still runs after a while is cancelled again.
     """
-    pending = set(tasks)
+    pending = list(dict.fromkeys(tasks))  # in order, as a set's is that of addresses
     while pending:
         for task in pending:
             task.cancel()
-        ended, pending = await asyncio.wait(pending, timeout=CANCEL_AGAIN_S)
+        ended, _ = await asyncio.wait(pending, timeout=CANCEL_AGAIN_S)
+        pending = [task for task in pending if task not in ended]
         for task in ended:
             if not task.cancelled():
                 task.exception()  # whoever owns the task has its own eyes on it

@@ -73,7 +73,7 @@ class LockCalls(ConditionalCalls):
 
     def __init__(self) -> None:
         self._seen: OrderedDict[str, _Seen] = OrderedDict()
-        self._lock_tasks: set[asyncio.Task[None]] = set()
+        self._lock_tasks: dict[asyncio.Task[None], None] = {}
         self.closed_by: asyncio.Task[Any] | None = None
         """The task that closes the client: it is not cancelled for the locks that it loses by that."""
 
@@ -139,12 +139,12 @@ class LockCalls(ConditionalCalls):
 
     def _own_task(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine, name=name)
-        self._lock_tasks.add(task)
+        self._lock_tasks[task] = None
         task.add_done_callback(self._lock_task_ended)
         return task
 
     def _lock_task_ended(self, task: asyncio.Task[None]) -> None:
-        self._lock_tasks.discard(task)
+        self._lock_tasks.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, DHTError):
             _log.critical("the task %s failed", task.get_name(), exc_info=error)
 

@@ -123,7 +123,7 @@ class Session:
         self._queries: dict[int, tuple[str, asyncio.Future[Any]]] = {}
         self._lost: dict[str, list[Batch]] = {}
         self._delayed: dict[Batch, asyncio.TimerHandle] = {}
-        self._links: set[Link] = set()
+        self._links: dict[Link, None] = {}
         self._no_links = asyncio.Event()
         self._wheel: TimerWheel[int] = TimerWheel(clock.monotonic())
         self._timer: asyncio.TimerHandle | None = None
@@ -320,12 +320,12 @@ class Session:
     async def _greet(self, transport: Transport, address: str, handler: LinkHandler) -> tuple[Link, Hello]:
         link, hello = await greet(transport, address, self.hello(), handler)
         if not link.closed:
-            self._links.add(link)
+            self._links[link] = None
         return link, hello
 
     def link_ended(self, link: Link) -> None:
         """Nothing of that link is left."""
-        self._links.discard(link)
+        self._links.pop(link, None)
         if not self._links:
             self._no_links.set()
 

@@ -114,6 +114,8 @@ class SimCluster:
         self.declared_dead = 0
         self.false_deaths = 0
         self._epochs: dict[tuple[str, int, int], str] = {}
+        self._places: dict[str, list[tuple[int, str]]] = {}
+        """Member -> epochs that were met, and its disk in each."""
         self.lost: dict[str, str] = {}
         self.disks_lost = 0
         self.replacing: set[str] = set()
@@ -463,10 +465,11 @@ class SimCluster:
     # --- watching
 
     def _member_status(
-        self, node: Node, ended: dict[str, tuple[int, tuple[int, int]]], member: str, status: MemberStatus
+        self, node: Node, ended: dict[str, tuple[int, tuple[int, int], int]], member: str, status: MemberStatus
     ) -> None:
         """Who was declared dead is alive again only by a later start or incarnation of its own. A name with another
-        disk is another, of which nothing is remembered."""
+        disk is another, of which nothing is remembered, nor is it where the first has its place again: a change that
+        was to give it to the other was undone."""
         assert node.detector.core is not None
         claim = node.detector.core.view.get(member)
         if claim.status is not status:
@@ -475,10 +478,13 @@ class SimCluster:
         self.sim.trace.record("member", f"{node.node_id} holds {member} {status.name} {life}")
         if status in GONE:
             self.declared_dead += status is MemberStatus.DEAD
-            ended[member] = claim.disk, life
+            ended[member] = claim.disk, life, node.known_topology.epoch
             return
-        disk, end = ended.pop(member, (0, (0, 0)))
+        disk, end, epoch = ended.pop(member, (0, (0, 0), 0))
         if disk != claim.disk or life == (0, 0):  # of which nothing was heard: it was let go and has joined again
+            return
+        since = range(epoch, node.known_topology.epoch + 1)
+        if len({disk for number, disk in self._places.get(member, ()) if number in since}) > 1:
             return
         self.false_deaths += end[0] == claim.boot
         if life <= end:
@@ -530,7 +536,11 @@ class SimCluster:
 
     def _check_epoch(self, source: str, topology: Topology) -> None:
         """An epoch has one value, wherever and whenever it is met (T1)."""
-        known = self._epochs.setdefault((topology.origin, *topology.order), topology.digest)
+        name = (topology.origin, *topology.order)
+        if name not in self._epochs:
+            for member in topology.members:
+                self._places.setdefault(member.node_id, []).append((topology.epoch, member.disk_id))
+        known = self._epochs.setdefault(name, topology.digest)
         if known != topology.digest:
             self._find("one epoch", f"epoch {topology.epoch} is {known[:8]} and, says {source}, {topology.digest[:8]}")
 
