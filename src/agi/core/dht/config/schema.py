@@ -523,8 +523,8 @@ class RepairConfig:
         20_000,
         integer(0, 86_400_000),
         "How often two nodes that hold replicas in common compare them, give or take a quarter; beside that, 1 to 4 s "
-        "after a link between them comes up. 0: only when `agi-dht repair` orders it, and whether replicas differ is then "
-        "not part of what `wait-healthy` waits for.",
+        "after a link between them comes up. 0: only when `agi-dht repair` orders it, and whether replicas differ is "
+        "then not part of what `wait-healthy` waits for.",
         unit="ms",
         more="what writes and hints have missed is repaired later",
         less="2 small messages per pair of nodes and interval while replicas are equal; under heavy writes, which "
