@@ -188,7 +188,7 @@ async def test_a_change_leaves_compared_what_was_and_nothing_where_something_was
 async def test_what_was_too_young_for_the_first_comparison_has_another_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(antientropy, "SOON_S", 0.2)
     monkeypatch.setattr(antientropy, "ASKING", 0.0)
-    settings = {**NO_HINTS, "dht.repair.interval_ms": 60_000, "dht.network.timeout_ms": 1000}
+    settings = {**NO_HINTS, "dht.repair.interval_ms": 20_000, "dht.network.timeout_ms": 1000}
     async with Cluster(3, settings=settings) as cluster:
         await cluster.down(2)
         await put_at(cluster, 0, KEYS)

@@ -92,16 +92,17 @@ Answer = Callable[[OpResult], None]
 
 
 class Waiting:
-    """An operation on its way. `first`: the least version that a round was to give it, 0 for none yet: from then on it
-    may take effect, for what was proposed leaves in the same turn of the loop, whose deadlines come before or after."""
+    """An operation on its way. `planned`: the version that the round under way would make of it; `first`: the least
+    that it was sent out with. 0 for none."""
 
-    __slots__ = ("answer", "first", "number", "op", "over")
+    __slots__ = ("answer", "first", "number", "op", "over", "planned")
 
     def __init__(self, number: int, op: Op, answer: Answer) -> None:
         self.number = number
         self.op = op
         self.answer = answer
         self.first = 0
+        self.planned = 0
         self.over = False
 
 
@@ -325,11 +326,12 @@ class Registers:
         key.taken = [waiting for waiting in key.taken if not waiting.over]
         for waiting in key.taken:
             result = outcome(waiting.op, state, waiting.first)
+            waiting.planned = 0
             if result is None:
                 before = state.version
                 state, result = apply(waiting.op, key.key, state, now_ms, partial(self._tick, key.key))
                 if state.version != before and state.done and state.done[-1].name == waiting.op.name:
-                    waiting.first = waiting.first or state.version
+                    waiting.planned = state.version
             results.append(result)
         key.results = results
         following = next_ballot(round_.ballot)
@@ -375,6 +377,9 @@ class Registers:
         trace = next((waiting.op.name.hex() for key, _ in items for waiting in key.taken), "")
         records = [round_.record if accepting else round_.ballot for _, round_ in items]
         message = (RegisterAccept if accepting else RegisterPrepare)(frame.id, requests.epoch, trace, keys, records)
+        for key, _ in items if accepting else ():
+            for waiting in key.taken:
+                waiting.first = waiting.first or waiting.planned
         if targets:
             try:
                 packed = encode(message)
@@ -519,6 +524,8 @@ class Registers:
             round_ = key.round if key is not None else None
             needed, answered = round_.shortfall() if round_ is not None else (0, 0)
             late = Unavailable("no decision in time", needed=needed, answered=answered)
+            if round_ is not None and round_.accepting:  # what was proposed leaves at the end of this turn
+                waiting.first = waiting.first or waiting.planned
             self._answer(waiting, _ended(waiting, late))
 
     def _answer(self, waiting: Waiting, result: OpResult) -> None:
