@@ -197,6 +197,17 @@ async def test_what_was_too_young_for_the_first_comparison_has_another_soon(monk
         assert lacking(cluster, 2, KEYS) == 0
 
 
+async def test_who_came_back_is_compared_soon_however_long_the_interval_is() -> None:
+    settings = {**NO_HINTS, "dht.repair.interval_ms": 86_400_000, "dht.network.timeout_ms": 300}
+    async with Cluster(3, settings=settings) as cluster:
+        for _ in range(2):
+            await cluster.down(2)
+            await put_at(cluster, 0, KEYS)
+            await cluster.up(2)
+            await until(lambda: all(not node.antientropy.not_compared for node in cluster.living()))
+            assert lacking(cluster, 2, KEYS) == 0
+
+
 async def test_what_is_young_is_compared_once_it_is_old() -> None:
     async with Cluster(2, factor=2, settings={**NEVER, "dht.network.timeout_ms": 2000}) as cluster:
         node = cluster.node(0)

@@ -34,10 +34,9 @@ from contract.storage_harness import (
 from rocksdict import Cache, Rdict
 
 from agi.core.dht.errors import FolderUnusable, Overloaded, StorageClosed, StorageCorrupt, StorageError, StorageFull
-from agi.core.dht.storage import rocksdb_engine, sync_thread
+from agi.core.dht.storage import rocksdb_engine, sync_thread, wal_files
 from agi.core.dht.storage.base import Batch, Count, WalSync
 from agi.core.dht.storage.rocksdb import RocksStore
-from agi.core.dht.storage.wal_files import wal_files
 
 WRITER = """
 import asyncio, os, sys, xxhash
@@ -183,7 +182,7 @@ async def test_a_crash_is_recounted_while_writes_go_on(tmp_path: Path) -> None:
 
 async def test_a_torn_last_write_is_absent_and_the_rest_is_there(tmp_path: Path) -> None:
     content = await crash_image(tmp_path / "a", tmp_path / "b", 400)
-    log = wal_files(tmp_path / "b")[-1]
+    log = wal_files.wal_files(tmp_path / "b")[-1]
     last = log_records(log)[-1]
     for cut in (log.stat().st_size - 1, last + 30, last + 7, last + 3):
         image = tmp_path / f"cut{cut}"
@@ -195,7 +194,7 @@ async def test_a_torn_last_write_is_absent_and_the_rest_is_there(tmp_path: Path)
 
 async def test_a_log_flipped_in_the_middle_is_refused(tmp_path: Path) -> None:
     await crash_image(tmp_path / "a", tmp_path / "b", 500)
-    log = wal_files(tmp_path / "b")[-1]
+    log = wal_files.wal_files(tmp_path / "b")[-1]
     size = log.stat().st_size
     assert size > 2 * BLOCK
     for at in (10, BLOCK - 100, BLOCK + 500, size // 2, size - 400):
@@ -210,7 +209,7 @@ async def test_a_log_flipped_in_the_middle_is_refused(tmp_path: Path) -> None:
 async def test_no_flipped_bit_of_a_record_header_loses_data_or_hangs(tmp_path: Path, block: str) -> None:
     """In the last block a damaged length looks like a torn write to RocksDB, and a recycled type hangs it."""
     await crash_image(tmp_path / "a", tmp_path / "b", 400)
-    log = wal_files(tmp_path / "b")[-1]
+    log = wal_files.wal_files(tmp_path / "b")[-1]
     offsets = log_records(log)
     start = offsets[20] if block == "first" else offsets[-3]
     for at in range(start, start + 7):
@@ -223,7 +222,7 @@ async def test_no_flipped_bit_of_a_record_header_loses_data_or_hangs(tmp_path: P
 
 async def test_random_flips_of_the_log_never_lose_in_silence(tmp_path: Path) -> None:
     content = await crash_image(tmp_path / "a", tmp_path / "b", 300)
-    log = wal_files(tmp_path / "b")[-1]
+    log = wal_files.wal_files(tmp_path / "b")[-1]
     rng = random.Random(11)
     refused = 0
     for number in range(25):
@@ -780,3 +779,13 @@ async def test_a_read_only_disk_is_refused(small_disk: Path) -> None:
         await RocksStore(small_disk / "a", token_of).open()
     with pytest.raises(FolderUnusable):
         await RocksStore(small_disk / "b", token_of).open()
+
+
+def test_a_log_that_goes_while_the_logs_are_counted_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "000007.log"
+    kept.write_bytes(b"x" * 10)
+    monkeypatch.setattr(wal_files, "wal_files", lambda folder: [folder / "000003.log", kept])  # deleted after the look
+    assert wal_files.wal_bytes(tmp_path) == 10
+    wal_files.fsync_wal(tmp_path)

@@ -56,11 +56,12 @@ SOON_S = 2.0
 less than the interval."""
 PAUSE_LEAST = 0.75
 """Of an interval; on average it is one."""
-AT_MOST = 0.25
-"""Of an interval: so long between two exchanges with one peer, however often something is missed."""
-ASKING = 0.05
-"""Of an interval: a peer that found differences so recently is in an exchange of its own, beside which another would
-send everything twice."""
+AT_MOST, AT_MOST_S = 0.25, 5.0
+"""Of an interval, or this if it is less: so long between two exchanges with one peer, however often something is
+missed."""
+ASKING, ASKING_S = 0.05, 1.0
+"""Of an interval, or this if it is less: a peer that found differences so recently is in an exchange of its own, beside
+which another would send everything twice."""
 KNOWN_WAIT_S = 300.0
 """How long an ordered repair waits for trees that are being built."""
 KNOWN_POLL_S = 0.25
@@ -212,7 +213,7 @@ class AntiEntropy:
         self._missed_at = now = self._clock.monotonic()
         if self._interval_s:
             for name, due in self._due.items():
-                earliest = self._begun.get(name, float("-inf")) + AT_MOST * self._interval_s
+                earliest = self._begun.get(name, float("-inf")) + min(AT_MOST * self._interval_s, AT_MOST_S)
                 self._due[name] = min(due, max(now + self._soon_s(name), earliest))
             self._soon.set()
 
@@ -282,7 +283,8 @@ class AntiEntropy:
             if name not in self._peers.usable:
                 continue
             if behind:
-                if self.answers.settling_by.get(name, float("-inf")) > now - ASKING * self._interval_s:
+                asking_s = min(ASKING * self._interval_s, ASKING_S)
+                if self.answers.settling_by.get(name, float("-inf")) > now - asking_s:
                     continue
             elif begun > now - self._interval_s * PAUSE_LEAST:
                 self._due[name] = begun + pause_s  # it has begun one itself, which settles both sides
@@ -292,7 +294,7 @@ class AntiEntropy:
                 continue
             if self._behind(name) or (report is not None and report.unknown):
                 if report is not None and self._begun[name] < self._since(name):  # missed while they compared
-                    soon_s = max(soon_s, AT_MOST * self._interval_s)
+                    soon_s = max(soon_s, min(AT_MOST * self._interval_s, AT_MOST_S))
                 self._due[name] = self._clock.monotonic() + soon_s
             else:
                 self._due[name] = now + pause_s

@@ -12,6 +12,7 @@ the stored CRC holds for some shorter length. Log format: blocks of 32 KiB; `crc
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from pathlib import Path
@@ -54,13 +55,20 @@ def wal_files(folder: Path) -> list[Path]:
 
 
 def wal_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in wal_files(folder))
+    total = 0
+    for path in wal_files(folder):
+        with contextlib.suppress(FileNotFoundError):  # RocksDB deletes what it has flushed whenever it likes
+            total += path.stat().st_size
+    return total
 
 
 def fsync_wal(folder: Path) -> None:
     """Brings every log to the disk without RocksDB, which refuses to once an append has failed. Raises OSError."""
     for path in [*wal_files(folder), folder]:
-        handle = os.open(path, os.O_RDONLY)
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # as above: what was in it is in tables that are on the disk
+            continue
         try:
             os.fsync(handle)
         finally:
