@@ -468,6 +468,21 @@ def test_any_interleaving_ends_in_the_sums_of_what_is_stored(actions: list[tuple
     assert trees.total(everything) == built.trees.total(everything)
 
 
+def test_a_key_that_is_on_its_way_when_all_is_lost_and_written_again_counts_once() -> None:
+    store = Store()
+    store.settle()
+    key = key_of(34)
+    store.write(key, record(key, 1), now=False)
+    store.trees.lose()
+    store.write(key, record(key, 1), now=False)
+    positions = list(range(len(RANGES)))
+    store.build(positions)  # which meets nothing of it
+    store.check()
+    store.settle()
+    store.check()
+    assert store.trees.total(positions) == (contribution(key, store.records[key]), 1)
+
+
 def test_a_key_that_is_written_all_the_time_counts_what_the_store_holds_of_it() -> None:
     store = Store()
     store.build()

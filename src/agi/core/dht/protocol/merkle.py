@@ -274,9 +274,14 @@ class HashTrees:
     def begin(self, positions: Iterable[int], keys_per_token: float, unsettled: Iterable[bytes]) -> None:
         """The scan of these ranges begins; so many keys a token are expected. `unsettled`: as for `fold`, of the whole
         store; the scan may not meet what they will be."""
+        pending, chosen = self.pending, set(positions)
         for key in unsettled:
-            self.pending.setdefault(key, 0)
-        for position in positions:
+            pending.setdefault(key, 0)
+        # in the tree to come a key counts what the scan meets of it; it need not meet what is pending
+        for key, token in zip(list(pending), self._tokens(pending), strict=True):
+            if self.at(token) in chosen:
+                pending[key] = 0
+        for position in chosen:
             tree = self.trees[position]
             keys = tree.sums.count if tree.known else int(tree.width * keys_per_token)
             tree.building = _Sums(tree.width, keys)
