@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from agi.core.dht import types
 from agi.core.dht.errors import DHTError, FrameTooLarge, ProtocolMismatch
 from agi.core.dht.protocol import messages
-from agi.core.dht.protocol.messages import KIND_OF, KINDS, MAGIC, Message
-from agi.core.dht.transport.codec import FrameReader, encode
+from agi.core.dht.protocol.messages import Message
+from agi.core.dht.transport.codec import KIND_OF, KINDS, MAGIC, FrameReader, encode
 from agi.core.dht.types import FRAME_BYTES_MAX, PROTOCOL_VERSION, VALUE_BYTES_MAX
 
 CLAIM = messages.Claim(node="n1", disk=7, boot=3, incarnation=2, status=types.MemberStatus.SUSPECT, by="n2")
@@ -43,11 +43,15 @@ SAMPLES: list[Message] = [
         timeout_ms=1000,
         ops=[
             messages.Op(bytes(16), b"k", 0, 2, b"v", 7, None, 1000, 0, True),
-            messages.Op(bytes(16), b"k", 2, delta=-1, fence=(b"lock:l", 7)),
+            messages.Op(bytes(16), b"k", 2, delta=-1, fence=(b"lock:l", 7), since=1 << 62),
         ],
+        asked_us=1 << 50,
     ),
     messages.UpdateReply(
-        id=9, results=[messages.OpResult(8, 0), messages.OpResult(7, 0, b"r", (43, "another version", 0, 0))]
+        id=9,
+        results=[messages.OpResult(8, 0), messages.OpResult(7, 0, b"r", (43, "another version", 0, 0))],
+        boottime_us=1 << 50,
+        hlc=1 << 62,
     ),
     messages.Watch(id=9, timeout_ms=1000, key=b"lock:l", version=7, waiter="w"),
     messages.WatchReply(id=9, version=8, error=(32, "too many", 0, 0), free=True),

@@ -78,6 +78,7 @@ class Coordinator:
             clock,
             rng,
             lambda key: replica.floors.at(replica.token_of(key)).sealed,
+            replica.limit,
             dedup_entries,
         )
         self._requests.decide = self.registers.run

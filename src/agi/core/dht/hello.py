@@ -25,6 +25,7 @@ STORE_INTERVAL_S = 1.0
 def own_hello(node: Node, forming: Bootstrap | None) -> Hello:
     """What a node says of itself at this moment. `forming` is its part in an agreement that is not over."""
     config, identity = node.config, node.identity
+    boottime_us, hlc = node.coordinator.registers.now() if node.coordinator is not None else (0, 0)
     return Hello(
         PROTOCOL_VERSION,
         "node",
@@ -51,6 +52,8 @@ def own_hello(node: Node, forming: Bootstrap | None) -> Hello:
         join=forming is not None and forming.joining,
         replaces=config.cluster.replaces,
         now_ms=node.replica.now_ms(),
+        boottime_us=boottime_us,
+        hlc=hlc,
     )
 
 

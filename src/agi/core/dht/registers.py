@@ -12,6 +12,7 @@ that was not, in Unavailable (R4).
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import structlog
 from agi.core.dht.acceptor import Acceptor, Refusals
 from agi.core.dht.clock import Clock
 from agi.core.dht.errors import (
+    ClockSkew,
     DHTError,
     FrameTooLarge,
     InvalidRequest,
@@ -43,6 +45,7 @@ from agi.core.dht.protocol.consensus import (
     IF_EQUALS,
     LOOK,
     LOOK_NAME,
+    LOOK_WITHIN_S,
     NAME_BYTES,
     PUT,
     WINDOW,
@@ -50,6 +53,7 @@ from agi.core.dht.protocol.consensus import (
     apply,
     ballot,
     ms_of,
+    newest_of,
     next_ballot,
     outcome,
     register_of,
@@ -77,6 +81,7 @@ from agi.core.dht.watches import Watches
 _log = structlog.get_logger("agi.core.dht.registers")
 
 TIMEOUT_MS_MAX = 3_600_000
+NEVER_LATE = math.inf
 ROUND_S = 1.0
 """How long replicas are waited for in one phase before the round is begun anew."""
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.004, 0.25
@@ -92,16 +97,19 @@ Answer = Callable[[OpResult], None]
 
 
 class Waiting:
-    """An operation on its way. `planned`: the version that the round under way would make of it; `first`: the least
-    that it was sent out with. 0 for none."""
+    """An operation on its way. `planned`: the version that the round under way would make of it; `sent`: the least
+    that it was sent out with; 0 for none. `seen`: the newest operation met so far (protocol/consensus.py, `outcome`);
+    `look_by`: until when it is in time for that, by `Clock.boottime`."""
 
-    __slots__ = ("answer", "first", "number", "op", "over", "planned")
+    __slots__ = ("answer", "look_by", "number", "op", "over", "planned", "seen", "sent")
 
-    def __init__(self, number: int, op: Op, answer: Answer) -> None:
+    def __init__(self, number: int, op: Op, answer: Answer, look_by: float) -> None:
         self.number = number
         self.op = op
         self.answer = answer
-        self.first = 0
+        self.look_by = look_by
+        self.seen: bytes | None = None
+        self.sent = 0
         self.planned = 0
         self.over = False
 
@@ -169,6 +177,7 @@ class Registers:
     Args:
         proposer: this process, node and boot counter (versioning.writer_id).
         floor: the version below which nothing of a key may be made any more (protocol/floors.py).
+        limit: the greatest version that is not too far ahead of this node's clock.
         dedup_entries: operations whose repeated message is recognised.
     """
 
@@ -181,6 +190,7 @@ class Registers:
         clock: Clock,
         rng: random.Random,
         floor: Callable[[bytes], int],
+        limit: Callable[[], int],
         dedup_entries: int,
     ) -> None:
         self.requests = requests
@@ -190,6 +200,7 @@ class Registers:
         self._clock = clock
         self._rng = rng
         self._floor = floor
+        self._limit = limit
         self._keys: dict[bytes, _Key] = {}
         self._chosen: OrderedDict[bytes, bytes] = OrderedDict()
         self._chosen_bytes = 0
@@ -223,12 +234,15 @@ class Registers:
                 raise OutcomeUnknown(f"{requests.me} no longer knows the first try of these operations")
             if not request.ops:
                 raise InvalidRequest("a batch without operations")
+            limit = self._limit()
             for op in request.ops:
                 _check(op)
+                if op.since > limit:
+                    raise ClockSkew(f"{requests.me} is too far behind the node that had the operation before")
             started = self._clock.monotonic()
             cost = requests.admit(started, [op.key for op in request.ops], [op.value for op in request.ops])
         except DHTError as error:
-            answer = UpdateReply(request.id, [], refusal(error).to_wire())
+            answer = self._stamped(UpdateReply(request.id, [], refusal(error).to_wire()))
             if not request.retry:
                 self._known.add(client, request.id, answer, 1)
             reply(answer)
@@ -248,7 +262,7 @@ class Registers:
             requests.metrics.updates += len(results)
             requests.metrics.update_latency.observe(now - started, len(results))
             requests.metrics.fail_keys([(i, r.error) for i, r in enumerate(results) if r.error is not None])
-            answer = UpdateReply(request.id, results)
+            answer = self._stamped(UpdateReply(request.id, results))
             self._known.update(client, request.id, answer)
             try:
                 under_way.reply(answer)
@@ -256,11 +270,23 @@ class Registers:
                 _log.info("reply_undeliverable", error=str(error))
 
         deadline = started + min(request.timeout_ms, TIMEOUT_MS_MAX) / 1000
+        look_by = NEVER_LATE
+        if request.asked_us:
+            look_by = min(request.asked_us / 1e6, self._clock.boottime()) + LOOK_WITHIN_S
         for place, op in enumerate(request.ops):
-            self.run(op, deadline, partial(answered, place))
+            self.run(op, deadline, partial(answered, place), look_by)
 
-    def run(self, op: Op, deadline: float, answer: Answer) -> None:
-        """Runs one operation; `answer` gets its result by the deadline."""
+    def _stamped(self, reply: UpdateReply) -> UpdateReply:
+        reply.boottime_us, reply.hlc = self.now()
+        return reply
+
+    def now(self) -> tuple[int, int]:
+        """What clients hear of this node's clocks: `boottime_us` and `hlc` of an UpdateReply."""
+        return int(self._clock.boottime() * 1e6), self._hlc.tick(self._clock.wall_ms())
+
+    def run(self, op: Op, deadline: float, answer: Answer, look_by: float = NEVER_LATE) -> None:
+        """Runs one operation; `answer` gets its result by the deadline. `look_by`: as in Waiting; never, for what
+        nobody else will try."""
         state = self._keys.get(op.key)
         if state is None:
             state = self._keys[op.key] = _Key(op.key)
@@ -268,7 +294,7 @@ class Registers:
             answer(OpResult(error=Overloaded(f"{WAITING_MAX} operations wait for this key already").to_wire()))
             return
         self._number = number = self._number + 1
-        waiting = self._waiting[number] = Waiting(number, op, answer)
+        waiting = self._waiting[number] = Waiting(number, op, answer, look_by)
         self._wheel.add(deadline, number)
         state.queue.append(waiting)
         if state.round is None and state.resting is None:
@@ -321,13 +347,16 @@ class Registers:
         assert round_ is not None
         state = state_of(base)
         now_ms = self._clock.wall_ms()
+        now = self._clock.boottime()  # read after what the base is: what is in time now was met in time
+        newest = newest_of(state)
         results: list[OpResult] = []
         # who was told that nothing happened is left out; a round without any ends what it has been promised
         key.taken = [waiting for waiting in key.taken if not waiting.over]
         for waiting in key.taken:
-            result = outcome(waiting.op, state, waiting.first)
+            result = outcome(waiting.op, state, waiting.seen, waiting.sent, late=now > waiting.look_by)
             waiting.planned = 0
             if result is None:
+                waiting.seen = newest
                 before = state.version
                 state, result = apply(waiting.op, key.key, state, now_ms, partial(self._tick, key.key))
                 if state.version != before and state.done and state.done[-1].name == waiting.op.name:
@@ -379,7 +408,7 @@ class Registers:
         message = (RegisterAccept if accepting else RegisterPrepare)(frame.id, requests.epoch, trace, keys, records)
         for key, _ in items if accepting else ():
             for waiting in key.taken:
-                waiting.first = waiting.first or waiting.planned
+                waiting.sent = waiting.sent or waiting.planned
         if targets:
             try:
                 packed = encode(message)
@@ -525,7 +554,7 @@ class Registers:
             needed, answered = round_.shortfall() if round_ is not None else (0, 0)
             late = Unavailable("no decision in time", needed=needed, answered=answered)
             if round_ is not None and round_.accepting:  # what was proposed leaves at the end of this turn
-                waiting.first = waiting.first or waiting.planned
+                waiting.sent = waiting.sent or waiting.planned
             self._answer(waiting, _ended(waiting, late))
 
     def _answer(self, waiting: Waiting, result: OpResult) -> None:
@@ -561,7 +590,7 @@ class Registers:
 
 
 def _ended(waiting: Waiting, error: DHTError) -> OpResult:
-    if waiting.first or waiting.op.retry:
+    if waiting.sent or waiting.op.retry:
         what = f"{error.message}; some replica may have accepted it"
         error = OutcomeUnknown(what, needed=error.needed, answered=error.answered)
     return OpResult(error=error.to_wire())

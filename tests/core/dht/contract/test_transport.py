@@ -22,9 +22,8 @@ from agi.core.dht.errors import (
     Overloaded,
     ProtocolMismatch,
 )
-from agi.core.dht.protocol.messages import MAGIC
 from agi.core.dht.transport.base import SEND_BUFFER_BYTES_MAX, Link
-from agi.core.dht.transport.codec import encode
+from agi.core.dht.transport.codec import MAGIC, encode
 from agi.core.dht.types import FRAME_BYTES_MAX, VALUE_BYTES_MAX
 
 MIB = 1024 * 1024

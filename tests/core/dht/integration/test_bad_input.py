@@ -33,9 +33,9 @@ from agi.core.dht.errors import (
     LinkClosed,
     ProtocolMismatch,
 )
-from agi.core.dht.protocol.messages import MAGIC, Get, Hello, Put
+from agi.core.dht.protocol.messages import Get, Hello, Put
 from agi.core.dht.transport.base import IDLE_TIMEOUT_S
-from agi.core.dht.transport.codec import encode
+from agi.core.dht.transport.codec import MAGIC, encode
 from agi.core.dht.transport.handshake import greet
 from agi.core.dht.transport.native import NativeTransport
 from agi.core.dht.types import FRAME_BYTES_MAX, KEY_BYTES_MAX, PROTOCOL_VERSION, VALUE_BYTES_MAX, Consistency

@@ -11,7 +11,7 @@ import enum
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from agi.core.dht.errors import DHTError, OutcomeUnknown, Unavailable
+from agi.core.dht.errors import DHTError, OutcomeUnknown
 from agi.core.dht.protocol.messages import Delete, Get, Op, Put, Update
 from agi.core.dht.types import BATCH_BYTES_MAX, Consistency
 
@@ -25,7 +25,7 @@ class Kind(enum.IntEnum):
     DELETE = 2
     UPDATE = 3
     BOUND = 4
-    """Operations under consensus that two nodes may try at once: looks, and writes bound to a version."""
+    """Operations under consensus that two nodes may try at any time: looks, and writes bound to a version."""
 
 
 class Sink(Protocol):
@@ -96,9 +96,11 @@ class Gathered:
 
 class Batch:
     """One request. `node` and `run_id` name the process that has it, `id` is the correlation id it was sent under,
-    `sent` when, `moved` whether another node had it first and said nothing (silence.py)."""
+    `sent` when, `asked_us` when by that node's clock, `moved` whether another node had it first and said nothing
+    (silence.py)."""
 
     __slots__ = (
+        "asked_us",
         "attempts",
         "bytes",
         "consistency",
@@ -130,6 +132,7 @@ class Batch:
         self.bytes = 0
         self.attempts = 0
         self.moved = False
+        self.asked_us = 0
         self.id = 0
         self.node = ""
         self.run_id = ""
@@ -141,13 +144,26 @@ class Batch:
         if self.kind is Kind.PUT:
             return Put(self.id, self.consistency, timeout_ms, self.keys, self.values, self.ttl_ms, retry)
         if self.kind >= Kind.UPDATE:
-            return Update(self.id, timeout_ms, self.ops, retry)
+            return Update(self.id, timeout_ms, self.ops, retry, self.asked_us)
         return Delete(self.id, self.consistency, timeout_ms, self.keys, retry)
+
+    def for_node(self, hlc: int, boottime_us: int) -> None:
+        """Says on what terms a node whose clocks show this may do the operations (protocol/consensus.py, `outcome`)."""
+        self.asked_us = boottime_us
+        for op in self.ops:
+            if not op.retry:
+                op.since = hlc
+
+    @property
+    def movable(self) -> bool:
+        """Whether another node may try the operations too, once MOVE_AFTER_S have passed."""
+        return self.kind is Kind.UPDATE and self.asked_us > 0
 
     def part(self, indexes: Iterable[int]) -> Batch:
         """The batch of these keys alone, results going to the same sink."""
         part = Batch(self.kind, self.consistency, self.deadline, self.ttl_ms, self.sink)
         part.attempts, part.moved, part.node = self.attempts, self.moved, self.node
+        part.asked_us, part.sent = self.asked_us, self.sent
         part.places = []
         for index in indexes:
             part.keys.append(self.keys[index])
@@ -166,7 +182,7 @@ class Batch:
         self.sink.ok(self.places, results)
 
     def fail(self, error: DHTError) -> None:
-        if isinstance(error, Unavailable) and any(op.retry for op in self.ops):
+        if error.retryable and any(op.retry for op in self.ops):
             # that try did nothing; what one before it did is not known
             error = OutcomeUnknown(error.message, needed=error.needed, answered=error.answered)
         self.sink.fail(self.all_places(), error)

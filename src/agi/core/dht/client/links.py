@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from agi.core.dht.client.session import Session
 
 
+DRIFT = 1 / 8
+"""How far apart two clocks run at most, as with leases (protocol/locks.py)."""
+
+
 class Remote:
     """One node as the client knows it."""
 
@@ -29,6 +33,8 @@ class Remote:
         self.heard = 0.0
         self.silent = False
         """Whether it owes answers and says nothing (silence.py), and when it last said something."""
+        self.hlc = self._boottime_us = 0
+        self._told = 0.0
         self.failed = False
         """Whether a try to connect has failed."""
         self.down = asyncio.Event()
@@ -40,6 +46,16 @@ class Remote:
         if not links:
             raise LinkClosed(f"{self.node_id} is not connected")
         links[-1 if len(frame) >= BULK_VALUE_BYTES else 0].send_frame(frame)
+
+    def tell(self, boottime_us: int, hlc: int, now: float) -> None:
+        """What it says of its clocks; 0 for nothing."""
+        if boottime_us:
+            self._boottime_us, self.hlc, self._told = boottime_us, hlc, now
+
+    def boottime_us(self, now: float) -> int:
+        """Its clock now, or some time before that, however its clock and this one run; 0 for unknown."""
+        known = self._boottime_us
+        return known + int((now - self._told) * (1 - DRIFT) * 1e6) if known else 0
 
 
 class NodeHandler:

@@ -38,6 +38,7 @@ from agi.core.dht.errors import (
     Unavailable,
     from_wire,
 )
+from agi.core.dht.protocol.consensus import MOVE_AFTER_S
 from agi.core.dht.protocol.latency import Quantile
 from agi.core.dht.protocol.messages import (
     DeleteReply,
@@ -285,6 +286,7 @@ class Session:
             seed.close()
             raise ProtocolMismatch(f"{remote.address} answered as {hello.name}, not {remote.node_id}")
         links: list[Link] = []
+        told = self.clock.monotonic()
         try:
             for _ in range(self._pool_size):
                 links.append(await self._connect_data(hello, handler))
@@ -301,6 +303,7 @@ class Session:
         if any(link.closed for link in links):
             raise LinkClosed(f"{remote.node_id} closed the link again")
         remote.run_id = hello.run_id
+        remote.tell(hello.boottime_us, hello.hlc, told)
         remote.links = links
         remote.heard = self.silence.now
         remote.down.clear()
@@ -432,6 +435,8 @@ class Session:
         if left_ms <= 0:
             self._expire(batch)
             return
+        if batch.kind >= Kind.UPDATE and not retry:
+            batch.for_node(remote.hlc, remote.boottime_us(batch.sent))
         # the node answers first, so that its error arrives before this side gives up
         message = batch.message(max(1, int(left_ms - min(150, left_ms / 4))), retry)
         try:
@@ -471,13 +476,18 @@ class Session:
 
     def _unknown(self, batch: Batch, error: DHTError) -> None:
         """A write that may or may not have happened."""
-        again = self._retry_unknown or batch.kind is Kind.BOUND
-        again = again or (batch.kind is Kind.UPDATE and not isinstance(error, LinkClosed))
+        now = self.clock.monotonic()
+        wait = isinstance(error, LinkClosed) and batch.kind is Kind.UPDATE  # the node may begin with it still
+        at = max(now, batch.sent + MOVE_AFTER_S) if wait else now
+        again = batch.movable if wait else self._retry_unknown or batch.kind >= Kind.UPDATE
         for op in batch.ops:
             op.retry = True
-        if again and self.clock.monotonic() < batch.deadline and batch.attempts < self._retry_count:
+        if again and at < batch.deadline and batch.attempts < self._retry_count:
             batch.attempts += 1
-            self._route(batch, {batch.node})
+            if at > now:
+                self._delayed[batch] = self._loop.call_later(at - now, self._retry, batch)
+            else:
+                self._route(batch, {batch.node})
         else:
             batch.fail(OutcomeUnknown(f"the write may or may not have happened: {error.message}"))
 
@@ -504,6 +514,8 @@ class Session:
         elif isinstance(message, DeleteReply):
             self._settle(message.id, message.existed, message.errors, message.error)
         elif isinstance(message, UpdateReply):
+            if remote is not None:
+                remote.tell(message.boottime_us, message.hlc, self.clock.monotonic())
             errors = [(i, r.error) for i, r in enumerate(message.results) if r.error and self._worth(message, r.error)]
             self._settle(message.id, message.results, errors or None, message.error)
         elif isinstance(message, ScanReply | QueryReply | WatchReply):

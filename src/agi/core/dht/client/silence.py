@@ -2,7 +2,9 @@
 
 A link is given up only after seconds of silence. Until then new batches go to other nodes, and what is safe to be tried
 by two nodes at once is tried by one more: reads, and operations under consensus that are bound to a version, since no
-version comes twice, so that at most one of the tries takes effect. All else waits for its deadline.
+version comes twice, so that at most one of the tries takes effect; a little later all other operations under consensus,
+which a node that begins with them so late takes for what they are (protocol/consensus.py, `outcome`). Plain writes wait
+for their deadline.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from agi.core.dht.client.batches import Kind
+from agi.core.dht.protocol.consensus import MOVE_AFTER_S
 from agi.core.dht.protocol.timers import TICK_S
 
 if TYPE_CHECKING:
@@ -65,7 +68,8 @@ class Silence:
             if not remote.silent:
                 remote.silent = True
                 self.nodes.add(remote)
-            if batch.kind in (Kind.GET, Kind.BOUND) and not batch.moved:
+            safe = batch.kind in (Kind.GET, Kind.BOUND) or (batch.movable and batch.sent <= now - MOVE_AFTER_S)
+            if safe and not batch.moved:
                 elsewhere.append(batch)
         if len(self.nodes) < len(self._session.up):  # else there is no better one
             for batch in elsewhere:

@@ -31,6 +31,7 @@ from agi.core.dht.errors import (
     NotACounter,
     OutcomeUnknown,
     StorageCorrupt,
+    Unavailable,
     VersionConflict,
     WrongFence,
 )
@@ -62,6 +63,9 @@ ANYHOW, IF_ABSENT, IF_VERSION, IF_EQUALS = 0, 1, 2, 3
 """Under which condition."""
 LOOK_NAME = bytes(16)
 """Nothing remembers who only looked."""
+LOOK_WITHIN_S, MOVE_AFTER_S = 0.6, 0.75
+"""A coordinator begins with an operation at most so long after it was sent, where it matters (`outcome`); who sent it
+has it tried by another one no sooner than so long after. Between them is room for clocks that run apart."""
 COUNTER_MIN, COUNTER_MAX = -(1 << 63), (1 << 63) - 1
 
 
@@ -229,7 +233,7 @@ def apply(op: Op, key: bytes, state: State, now_ms: int, tick: Callable[[int], i
             created_ms = now_ms if state.value is None else state.created_ms  # a tombstone's age counts from its mark
             state = state._replace(fence=fence, created_ms=created_ms)
         return state, OpResult(state.version, 0, shown)
-    version = tick(state.version)
+    version = tick(max(state.version, op.since))
     done = (*state.done, Done(op.name, version, number))[-WINDOW:]
     return after._replace(version=version, done=done, fence=fence), OpResult(version, number)
 
@@ -288,26 +292,49 @@ def _counter(value: bytes | None) -> int:
     return int(value)
 
 
-def outcome(op: Op, state: State, first: int) -> OpResult | None:
-    """What a state that a quorum holds tells of an operation that may have taken effect already: its result,
-    OutcomeUnknown, or None where it certainly had none and is to be applied (R4).
+def outcome(op: Op, state: State, seen: bytes | None, sent: int, *, late: bool) -> OpResult | None:
+    """What a state that a quorum holds, or held, tells of an operation that may have taken effect already: its result,
+    an error, or None where it certainly had no effect and is to be applied (R4).
 
-    `first` is the least version that its coordinator sent it out with, 0 for none yet.
+    A value remembers the last WINDOW operations. Where it does not name this one, and has forgotten others, this one
+    may be among those that it forgot, unless
+    - they are all older: whoever applies it makes a version above `op.since`, or
+    - the state is the one to whose version it is bound, or
+    - what its coordinator met as the newest when it judged last is still remembered, or
+    - nobody else can have had it yet, as the time for that has not come; then its coordinator alone may have sent it.
+    *Without: one that is tried by two coordinators takes effect twice, the second time once 16 others have come.*
+
+    Args:
+        seen: the newest operation that its coordinator met when it last judged so; empty for none, None for not yet.
+        sent: the least version that its coordinator sent it out with, 0 for none yet.
+        late: LOOK_WITHIN_S have passed since it was sent to its coordinator.
     """
     if op.kind == LOOK:  # it has no effect that could be hidden
         return None
-    for done in state.done:
-        if done.name == op.name:
-            return OpResult(done.version, done.number)
-    full = len(state.done) >= WINDOW
-    if first:
-        hidden = full and state.version >= first and state.done[0].version >= first
-    else:  # an earlier try through another coordinator may have had any version
-        hidden = op.retry and full and not (op.condition == IF_VERSION and op.version == state.version)
+    done = state.done
+    for known in done:
+        if known.name == op.name:
+            return OpResult(known.version, known.number)
+    if len(done) < WINDOW or done[0].version <= op.since:
+        return None
+    if op.condition == IF_VERSION and op.version == state.version:
+        return None
+    if not late and not op.retry:
+        hidden = bool(sent) and done[0].version >= sent
+    elif seen is not None:
+        hidden = not any(known.name == seen for known in done)
+    elif op.retry:
+        hidden = True
+    else:
+        return OpResult(error=Unavailable("it came too late to be told from one that another node tries").to_wire())
     if hidden:
-        error = OutcomeUnknown(f"{WINDOW} later operations hide whether this one took effect")
-        return OpResult(error=error.to_wire())
+        return OpResult(error=OutcomeUnknown(f"{WINDOW} later operations hide whether it took effect").to_wire())
     return None
+
+
+def newest_of(state: State) -> bytes:
+    """The name of the operation that a state is the result of; empty for none."""
+    return state.done[-1].name if state.done else b""
 
 
 # --- rounds

@@ -19,7 +19,6 @@ from agi.core.dht.types import MemberStatus
 
 WireError: TypeAlias = tuple[int, str, int, int]
 KeyError_: TypeAlias = tuple[int, WireError]
-MAGIC = 0xD7
 
 
 class Message(msgspec.Struct, array_like=True, gc=False):
@@ -68,6 +67,9 @@ class Hello(Message):
     """The dead member whose place it is to take then."""
     now_ms: int = 0
     """The sender's clock: its wall clock, or its newest version where that is ahead."""
+    boottime_us: int = 0
+    hlc: int = 0
+    """To clients, as in UpdateReply; 0 from a node that is not ready yet."""
 
 
 class Refused(Message):
@@ -170,8 +172,7 @@ class ScanReply(Message):
 
 class Op(msgspec.Struct, array_like=True, gc=False):
     """An operation on one key under consensus (protocol/consensus.py has the kinds and conditions). `name` is its own
-    for ever, also where it is tried again: 16 random bytes. `retry`: another coordinator has tried it, and does so no
-    more."""
+    for ever, also where it is tried again: 16 random bytes. `retry`: another coordinator has had it before."""
 
     name: bytes
     key: bytes
@@ -185,6 +186,8 @@ class Op(msgspec.Struct, array_like=True, gc=False):
     retry: bool = False
     fence: tuple[bytes, int] | None = None
     """The key of the lock under which it is done, and the token."""
+    since: int = 0
+    """Whoever does it makes a version above this; 0 for any."""
 
 
 class OpResult(msgspec.Struct, array_like=True, gc=False):
@@ -198,18 +201,24 @@ class OpResult(msgspec.Struct, array_like=True, gc=False):
 
 
 class Update(Message):
-    """Operations under consensus, each on a key of its own or one after the other on the same. `retry` as in Put."""
+    """Operations under consensus, each on a key of its own or one after the other on the same. `retry` as in Put.
+    `asked_us`: when this was sent, or before that, by the node's own `boottime_us`; 0 for unknown."""
 
     id: int
     timeout_ms: int
     ops: list[Op]
     retry: bool = False
+    asked_us: int = 0
 
 
 class UpdateReply(Message):
+    """`boottime_us`: the node's clock when it replied; `hlc`: what it makes from now on has a version above this."""
+
     id: int
     results: list[OpResult]
     error: WireError | None = None
+    boottime_us: int = 0
+    hlc: int = 0
 
 
 class Watch(Message):
@@ -637,63 +646,3 @@ class ReclaimStep(Message):
 class ReclaimReply(Message):
     id: int
     error: WireError | None = None
-
-
-KINDS: dict[int, type[Message]] = {
-    1: Hello,
-    2: Refused,
-    3: Ping,
-    4: Pong,
-    5: Goodbye,
-    10: Get,
-    11: GetReply,
-    12: Put,
-    13: PutReply,
-    14: Delete,
-    15: DeleteReply,
-    16: Scan,
-    17: ScanReply,
-    18: Query,
-    19: QueryReply,
-    20: Update,
-    21: UpdateReply,
-    22: Watch,
-    23: WatchReply,
-    30: ReplicaRead,
-    31: ReplicaReadReply,
-    32: ReplicaWrite,
-    33: ReplicaWriteReply,
-    34: ReplicaScan,
-    35: ReplicaScanReply,
-    36: RegisterPrepare,
-    37: RegisterPromises,
-    38: RegisterAccept,
-    39: RegisterAccepted,
-    40: Probe,
-    41: ProbeAck,
-    42: IndirectProbe,
-    43: ProbeNack,
-    44: Gossip,
-    45: ViewDigest,
-    46: ViewState,
-    60: TreeRoot,
-    61: TreeRootReply,
-    62: TreeNodes,
-    63: TreeNodesReply,
-    64: TreeRecords,
-    65: TreeRecordsReply,
-    66: TreeFetch,
-    67: TreeFetchReply,
-    68: ArcList,
-    69: ArcListReply,
-    70: EpochPrepare,
-    71: EpochAccept,
-    72: EpochReply,
-    75: ChangeState,
-    76: ChangeStateReply,
-    77: ReclaimStep,
-    78: ReclaimReply,
-    73: TopologyDigest,
-    74: TopologyNews,
-}
-KIND_OF: dict[type[Message], int] = {kind: number for number, kind in KINDS.items()}

@@ -1,0 +1,176 @@
+"""What the window of a register's value tells of an operation that two coordinators may have tried."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from agi.core.dht.errors import OutcomeUnknown, Unavailable
+from agi.core.dht.protocol.consensus import (
+    ADD,
+    ANYHOW,
+    IF_VERSION,
+    LOOK,
+    WINDOW,
+    Done,
+    State,
+    apply,
+    newest_of,
+    outcome,
+)
+from agi.core.dht.protocol.messages import Op
+from agi.core.dht.protocol.versioning import HLC
+
+OURS = b"ours".ljust(16)
+
+
+def name(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+FULL = State(115, b"1", done=tuple(Done(name(number), number, 0) for number in range(100, 100 + WINDOW)))
+NEWEST, FORGOTTEN = name(115), name(99)
+
+
+def op(*, since: int = 99, retry: bool = False, version: int = 0, kind: int = ADD) -> Op:
+    condition = IF_VERSION if version else ANYHOW
+    return Op(OURS, b"k", kind, condition, version=version, delta=1, retry=retry, since=since)
+
+
+@pytest.mark.parametrize(
+    ("operation", "state", "seen", "sent", "late"),
+    [
+        (op(retry=True), State(), None, 0, True),
+        (op(retry=True), FULL._replace(done=FULL.done[1:]), FORGOTTEN, 90, True),
+        (op(since=100, retry=True), FULL, None, 0, True),
+        (op(retry=True, version=115), FULL, None, 0, True),
+        (op(retry=True, kind=LOOK), FULL, None, 0, True),
+        (op(), FULL, None, 0, False),
+        (op(), FULL, FORGOTTEN, 101, False),
+        (op(), FULL, NEWEST, 90, True),
+        (op(retry=True), FULL, NEWEST, 0, False),
+    ],
+)
+def test_it_is_applied_where_it_cannot_be_hidden(
+    operation: Op, state: State, seen: bytes | None, sent: int, late: bool
+) -> None:
+    assert outcome(operation, state, seen, sent, late=late) is None
+
+
+@pytest.mark.parametrize(
+    ("operation", "seen", "sent", "late", "error"),
+    [
+        (op(), None, 0, True, Unavailable),
+        (op(), FORGOTTEN, 0, True, OutcomeUnknown),
+        (op(), FORGOTTEN, 100, False, OutcomeUnknown),
+        (op(), b"", 0, True, OutcomeUnknown),
+        (op(retry=True), None, 0, False, OutcomeUnknown),
+        (op(retry=True), FORGOTTEN, 0, False, OutcomeUnknown),
+        (op(retry=True, version=114), None, 0, False, OutcomeUnknown),
+    ],
+)
+def test_it_is_refused_where_it_may_be_hidden(
+    operation: Op, seen: bytes | None, sent: int, late: bool, error: type[Exception]
+) -> None:
+    result = outcome(operation, FULL, seen, sent, late=late)
+    assert result is not None and result.error is not None and result.error[0] == error.code  # type: ignore[attr-defined]  # of DHTError
+
+
+def test_it_is_found_where_it_is_named() -> None:
+    state = FULL._replace(done=(*FULL.done[:-1], Done(OURS, 115, 7)))
+    for late in (False, True):
+        result = outcome(op(retry=True), state, None, 0, late=late)
+        assert result is not None and (result.version, result.number, result.error) == (115, 7, None)
+
+
+@dataclass
+class Coordinator:
+    """One that has the operation. It may judge on any state that was chosen before."""
+
+    operation: Op
+    hlc: HLC
+    seen: bytes | None = None
+    sent: int = 0
+    judged: int = 0
+
+    def tick(self, above: int) -> int:
+        self.hlc.observe(above)
+        return self.hlc.tick(0)
+
+    def propose(self, state: State, *, late: bool) -> State | None:
+        """What it would have chosen, None for nothing."""
+        if outcome(self.operation, state, self.seen, self.sent, late=late) is not None:
+            return None
+        self.seen = newest_of(state)
+        after, _ = apply(self.operation, b"k", state, 0, self.tick)
+        self.sent = self.sent or after.version
+        return after
+
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["others", "first", "second"]),
+        st.sampled_from([1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW]),
+        st.sampled_from([False, False, True]),
+    ),
+    min_size=4,
+    max_size=10,
+)
+
+
+@settings(max_examples=500)
+@example(  # sent, with a version far ahead, on a base that was old; then late
+    steps=[("first", 1, True), ("second", 1, False), ("others", WINDOW + 1, False), ("first", 1, False)],
+    clocks=(200, 0, 0),
+    before=1,
+    ahead=200,
+    moves_at=1,
+    old=False,
+)
+@given(
+    steps=steps,
+    clocks=st.tuples(*[st.sampled_from([0, 10, 40, 200])] * 3),
+    before=st.sampled_from([0, 1, WINDOW, WINDOW + 5]),
+    ahead=st.sampled_from([1, 200]),
+    moves_at=st.integers(0, 4),
+    old=st.booleans(),
+)
+def test_it_takes_effect_once_however_two_coordinators_and_their_clocks_behave(
+    steps: list[tuple[str, int, bool]], clocks: tuple[int, int, int], before: int, ahead: int, moves_at: int, old: bool
+) -> None:
+    first, second, others = (HLC(clock) for clock in clocks)
+    number = 0
+    chain = [State()]
+
+    def other(count: int) -> None:
+        nonlocal number
+        for _ in range(count):
+            number += 1
+            write = Op(name(number), b"k", ADD, delta=1)
+            chain.append(apply(write, b"k", chain[-1], 0, lambda above: max(others.tick(0), above + 1))[0])
+
+    other(before)
+    since = 0 if old else first.tick(0)
+    first.tick(0, ahead)  # what else it did since the client heard of its clock
+    one = Coordinator(Op(OURS, b"k", ADD, delta=1, since=since), first)
+    two = Coordinator(Op(OURS, b"k", ADD, delta=1, since=since, retry=True), second)
+    for at, (what, count, stale) in enumerate(steps):
+        moved = at >= moves_at
+        if what == "others":
+            other(count)
+        elif what == "first" or moved:
+            coordinator = one if what == "first" else two
+            coordinator.judged = max(coordinator.judged, len(chain) - 1 - (count if stale else 0))
+            after = coordinator.propose(chain[coordinator.judged], late=moved)
+            if after is not None and coordinator.judged == len(chain) - 1 and after is not chain[-1]:
+                chain.append(after)  # else acceptors refuse it, as they have promised more since
+    effects = sum(
+        any(done.name == OURS for done in now.done) and not any(done.name == OURS for done in was.done)
+        for was, now in itertools.pairwise(chain)
+    )
+    assert effects <= 1
+    assert int(chain[-1].value or b"0") == number + effects
