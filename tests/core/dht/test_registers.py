@@ -141,7 +141,7 @@ async def test_who_is_late_once_it_was_proposed_is_not_told_that_nothing_happene
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with Cluster(3) as cluster:
-        client = await cluster.client()
+        client = await cluster.client(retry_count=0)
         propose = Registers._propose
 
         def late(self: Registers, *given: Any) -> None:
@@ -151,7 +151,7 @@ async def test_who_is_late_once_it_was_proposed_is_not_told_that_nothing_happene
 
         monkeypatch.setattr(Registers, "_propose", late)
         with pytest.raises(OutcomeUnknown):
-            await client.compare_and_set("k", None, b"1", timeout=1.0)
+            await client.compare_and_set("k", None, b"1")
         assert await client.get("k", consistency=Consistency.LINEARIZABLE) == b"1"
 
 

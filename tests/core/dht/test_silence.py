@@ -180,7 +180,7 @@ async def test_a_look_has_no_outcome_that_later_operations_could_hide(way: str) 
             assert await client.get(key, fence=lock) == b"%d" % (WINDOW + 1)
 
 
-async def test_an_unknown_outcome_of_a_bound_write_is_found_out_elsewhere() -> None:
+async def test_an_unknown_outcome_is_found_out_elsewhere() -> None:
     async with Cluster(3) as cluster:
         client = await connected(cluster)
         key = key_of(0, cluster)
@@ -195,8 +195,10 @@ async def test_an_unknown_outcome_of_a_bound_write_is_found_out_elsewhere() -> N
 
         stop = cluster.rule(rule)
         assert await client.put(key, b"2", if_version=version) > version
+        assert await client.compare_and_set(key, b"2", b"3") > version
+        assert await client.incr(key, 4) == 7
         stop()
-        assert await client.get(key) == b"2"
+        assert await client.get(key) == b"7"
 
 
 async def test_a_client_that_did_not_run_itself_takes_nobody_for_silent() -> None:

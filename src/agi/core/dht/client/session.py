@@ -516,7 +516,7 @@ class Session:
         elif isinstance(message, UpdateReply):
             if remote is not None:
                 remote.tell(message.boottime_us, message.hlc, self.clock.monotonic())
-            errors = [(i, r.error) for i, r in enumerate(message.results) if r.error and self._worth(message, r.error)]
+            errors = [(i, r.error) for i, r in enumerate(message.results) if r.error and _worth(r.error)]
             self._settle(message.id, message.results, errors or None, message.error)
         elif isinstance(message, ScanReply | QueryReply | WatchReply):
             _, future = self._queries.get(message.id, ("", None))
@@ -526,12 +526,6 @@ class Session:
             self._farewells.begin(remote)
         else:
             raise ProtocolMismatch(f"{type(message).__name__} is no reply")
-
-    def _worth(self, reply: UpdateReply, wire: WireError) -> bool:
-        """Whether such an operation may be tried once more, elsewhere."""
-        batch = self._batches.get(reply.id)
-        unknown = wire[0] == OutcomeUnknown.code and batch is not None and batch.kind is Kind.BOUND
-        return unknown or from_wire(*wire).retryable
 
     def _settle(
         self, number: int, results: list[Any], errors: list[tuple[int, WireError]] | None, error: WireError | None
@@ -692,6 +686,11 @@ class Session:
                     await self._no_links.wait()
         except TimeoutError:
             _log.warning("%d links did not end in time", len(self._links))
+
+
+def _worth(wire: WireError) -> bool:
+    """Whether an operation under consensus that ended so may be tried once more, elsewhere: it is known by its name."""
+    return wire[0] == OutcomeUnknown.code or from_wire(*wire).retryable
 
 
 def _ended(task: asyncio.Task[None]) -> None:
