@@ -2,7 +2,7 @@
 
     python bench/where.py [--storage memory,rocksdb] [--seconds 6] [--docs docs/performance.md] [--json FILE]
 
-Three nodes, N=3, QUORUM, 100-byte values, TCP on loopback; half puts, half gets. While a workload runs, py-spy samples
+Three nodes, N=3, QUORUM, 100-byte values, TCP on loopback; half puts, half gets, and puts bound to a version. While a workload runs, py-spy samples
 one of the nodes, which share the work evenly, and the client. The share of each part of the code in the samples of a
 process, times the CPU time that the process took for an operation by the kernel's account, is what the table says. A
 system call, and what runs in C, counts for the Python function that called it. Sampling itself costs the processes a
@@ -35,6 +35,7 @@ WORKLOADS = (
     ("1 caller", "a", 1),
     ("32 callers", "a", 32),
     ("256 callers", "a", 256),
+    ("compare-and-set, 32 callers", "cas", 32),
     ("put of 1,000", "batch_put", 1),
     ("get of 1,000", "batch_get", 1),
 )
@@ -43,16 +44,16 @@ LOOP, OTHER = "event loop", "everything else"
 PARTS = {
     "sockets and frames": ("transport/native", "transport/base", "transport/handshake", "transport/memory"),
     "encoding and decoding": ("transport/codec", "protocol/messages", "proto/"),
-    "records and versions": ("protocol/record", "protocol/versioning", "clock"),
+    "records and versions": ("protocol/record", "protocol/versioning", "protocol/consensus", "clock"),
     "client: calls and batches": ("client/",),
     "ring and placement": ("ring", "joint", "topology", "client/routing"),
     "coordination and quorums": (
-        "coordinator", "requests", "reads", "writes", "fanout", "calls", "peers", "sessions", "node", "client_requests",
+        "coordinator", "registers", "requests", "reads", "writes", "fanout", "calls", "peers", "sessions", "node", "client_requests",
         "replica_requests", "protocol/quorum", "protocol/dedup", "protocol/timers", "protocol/admission",
         "protocol/latency",
     ),
     "replica and storage": (
-        "replica", "storage/", "protocol/commit", "protocol/hints", "treekeeper", "protocol/merkle",
+        "replica", "acceptor", "storage/", "protocol/commit", "protocol/hints", "treekeeper", "protocol/merkle",
     ),
     "metrics": ("observability/",),
     "the benchmark's callers": ("bench",),

@@ -102,7 +102,8 @@ SAMPLES: list[Message] = [
     messages.TreeFetch(id=13, epoch=1, trace="", tokens=bytes(8)),
     messages.TreeFetchReply(id=13, keys=[b"k"], records=[b"r"], taken=1),
     messages.ReclaimStep(id=16, epoch=2, step=1, version=1 << 40, absent=["n2"]),
-    messages.ReclaimReply(id=16),
+    messages.ReclaimStep(16, 2, 4, 1 << 40, [], keys=[b"k"], ballots=[b"\x80" + bytes(15)]),
+    messages.ReclaimReply(id=16, kept=[0]),
 ]
 STREAM = b"".join(encode(message) for message in SAMPLES)
 

@@ -148,6 +148,7 @@ def converse(
     salt: int = 12345,
     young: Callable[[int], bool] | None = None,
     late: Callable[[int, int], bool] | None = None,
+    level: int = REGISTERED - 1,
 ) -> Report:
     core = Exchange(
         mine.trees,
@@ -159,6 +160,7 @@ def converse(
         completed=False,
         young=young or (lambda hlc: False),
         late=late or (lambda token, hlc: False),
+        level=level,
     )
     effect = core.begin()
     while not isinstance(effect, Done):
@@ -314,14 +316,15 @@ def test_what_was_reclaimed_here_is_not_fetched_from_who_keeps_it() -> None:
     assert (report.differences, report.behind, report.sent) == (1, 0, 1)
 
 
-def test_a_key_under_consensus_is_settled_but_says_nothing_of_who_is_behind() -> None:
+def test_a_key_under_consensus_is_settled_and_stands_where_the_time_of_its_ballot_does() -> None:
     register = REGISTERED >> 16
     one = {b"a": record(b"a", 5), b"b": record(b"b", register + 1), b"c": record(b"c", 7)}
     two = {b"a": record(b"a", register + 9), b"b": record(b"b", register + 2), b"d": record(b"d", register + 3)}
     mine, other = Replica(one), Replica(two)
     report = converse(mine, Link(other))
-    assert (report.differences, report.behind, report.received, report.sent) == (4, 0, 3, 1)
+    assert (report.differences, report.behind, report.received, report.sent) == (4, 3, 3, 1)
     assert mine.records == other.records == merged(one, two)
+    assert converse(Replica(one), Link(Replica(two)), level=2 << 16).behind == 1
 
 
 def test_a_record_that_one_side_has_shrunk_is_no_difference() -> None:

@@ -42,23 +42,25 @@ def op(*, since: int = 99, retry: bool = False, version: int = 0, kind: int = AD
 
 
 @pytest.mark.parametrize(
-    ("operation", "state", "seen", "sent", "late"),
+    ("operation", "state", "seen", "sent", "floor", "late"),
     [
-        (op(retry=True), State(), None, 0, True),
-        (op(retry=True), FULL._replace(done=FULL.done[1:]), FORGOTTEN, 90, True),
-        (op(since=100, retry=True), FULL, None, 0, True),
-        (op(retry=True, version=115), FULL, None, 0, True),
-        (op(retry=True, kind=LOOK), FULL, None, 0, True),
-        (op(), FULL, None, 0, False),
-        (op(), FULL, FORGOTTEN, 101, False),
-        (op(), FULL, NEWEST, 90, True),
-        (op(retry=True), FULL, NEWEST, 0, False),
+        (op(retry=True), State(), None, 0, 0, True),
+        (op(retry=True), State(), None, 0, 99, True),
+        (op(), State(), b"", 0, 200, False),
+        (op(retry=True), FULL._replace(done=FULL.done[1:]), FORGOTTEN, 90, 0, True),
+        (op(since=100, retry=True), FULL, None, 0, 200, True),
+        (op(retry=True, version=115), FULL, None, 0, 0, True),
+        (op(retry=True, kind=LOOK), FULL, None, 0, 200, True),
+        (op(), FULL, None, 0, 0, False),
+        (op(), FULL, FORGOTTEN, 101, 0, False),
+        (op(), FULL, NEWEST, 90, 0, True),
+        (op(retry=True), FULL, NEWEST, 0, 0, False),
     ],
 )
 def test_it_is_applied_where_it_cannot_be_hidden(
-    operation: Op, state: State, seen: bytes | None, sent: int, late: bool
+    operation: Op, state: State, seen: bytes | None, sent: int, floor: int, late: bool
 ) -> None:
-    assert outcome(operation, state, seen, sent, late=late) is None
+    assert outcome(operation, state, seen, sent, floor, late=late) is None
 
 
 @pytest.mark.parametrize(
@@ -76,14 +78,24 @@ def test_it_is_applied_where_it_cannot_be_hidden(
 def test_it_is_refused_where_it_may_be_hidden(
     operation: Op, seen: bytes | None, sent: int, late: bool, error: type[Exception]
 ) -> None:
-    result = outcome(operation, FULL, seen, sent, late=late)
+    result = outcome(operation, FULL, seen, sent, 0, late=late)
     assert result is not None and result.error is not None and result.error[0] == error.code  # type: ignore[attr-defined]  # of DHTError
+
+
+@pytest.mark.parametrize(
+    ("operation", "seen", "sent", "late"),
+    [(op(), None, 0, True), (op(), b"", 0, True), (op(), b"", 100, False), (op(retry=True), None, 0, False)],
+)
+def test_it_is_refused_where_it_may_have_been_taken_away(
+    operation: Op, seen: bytes | None, sent: int, late: bool
+) -> None:
+    assert outcome(operation, State(), seen, sent, 100, late=late) is not None
 
 
 def test_it_is_found_where_it_is_named() -> None:
     state = FULL._replace(done=(*FULL.done[:-1], Done(OURS, 115, 7)))
     for late in (False, True):
-        result = outcome(op(retry=True), state, None, 0, late=late)
+        result = outcome(op(retry=True), state, None, 0, 0, late=late)
         assert result is not None and (result.version, result.number, result.error) == (115, 7, None)
 
 
@@ -101,9 +113,9 @@ class Coordinator:
         self.hlc.observe(above)
         return self.hlc.tick(0)
 
-    def propose(self, state: State, *, late: bool) -> State | None:
+    def propose(self, state: State, floor: int, *, late: bool) -> State | None:
         """What it would have chosen, None for nothing."""
-        if outcome(self.operation, state, self.seen, self.sent, late=late) is not None:
+        if outcome(self.operation, state, self.seen, self.sent, floor, late=late) is not None:
             return None
         self.seen = newest_of(state)
         after, _ = apply(self.operation, b"k", state, 0, self.tick)
@@ -113,7 +125,7 @@ class Coordinator:
 
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["others", "first", "second"]),
+        st.sampled_from(["others", "first", "second", "taken"]),
         st.sampled_from([1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW]),
         st.sampled_from([False, False, True]),
     ),
@@ -143,7 +155,7 @@ def test_it_takes_effect_once_however_two_coordinators_and_their_clocks_behave(
     steps: list[tuple[str, int, bool]], clocks: tuple[int, int, int], before: int, ahead: int, moves_at: int, old: bool
 ) -> None:
     first, second, others = (HLC(clock) for clock in clocks)
-    number = 0
+    number = floor = 0
     chain = [State()]
 
     def other(count: int) -> None:
@@ -162,10 +174,14 @@ def test_it_takes_effect_once_however_two_coordinators_and_their_clocks_behave(
         moved = at >= moves_at
         if what == "others":
             other(count)
+        elif what == "taken":
+            floor = max(floor, chain[-1].version + 1)
+            first.observe(floor), second.observe(floor), others.observe(floor)
+            chain += [chain[-1]._replace(version=floor, value=None), State()]
         elif what == "first" or moved:
             coordinator = one if what == "first" else two
             coordinator.judged = max(coordinator.judged, len(chain) - 1 - (count if stale else 0))
-            after = coordinator.propose(chain[coordinator.judged], late=moved)
+            after = coordinator.propose(chain[coordinator.judged], floor, late=moved)
             if after is not None and coordinator.judged == len(chain) - 1 and after is not chain[-1]:
                 chain.append(after)  # else acceptors refuse it, as they have promised more since
     effects = sum(
@@ -173,4 +189,5 @@ def test_it_takes_effect_once_however_two_coordinators_and_their_clocks_behave(
         for was, now in itertools.pairwise(chain)
     )
     assert effects <= 1
-    assert int(chain[-1].value or b"0") == number + effects
+    if "taken" not in [what for what, _, _ in steps]:
+        assert int(chain[-1].value or b"0") == number + effects

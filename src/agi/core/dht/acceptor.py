@@ -7,14 +7,16 @@ acceptance. Where it does not, since its coordinator is gone, a round of this no
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import TypeAlias
 
 from agi.core.dht.clock import Clock
-from agi.core.dht.errors import DHTError, NotReady, Overloaded
-from agi.core.dht.protocol.consensus import BALLOT_BYTES, judge_accept, judge_prepare
+from agi.core.dht.errors import DHTError, NotReady, Overloaded, from_wire
+from agi.core.dht.protocol.consensus import BALLOT_BYTES, is_retired, judge_accept, judge_prepare
+from agi.core.dht.protocol.floors import is_of_seal, promise_of
 from agi.core.dht.protocol.messages import WireError
-from agi.core.dht.replica import Replica
+from agi.core.dht.replica import STORE_TIMEOUT_S, Replica
 from agi.core.dht.storage.base import Batch
 
 PROMISES_MAX = 100_000
@@ -57,7 +59,7 @@ class Acceptor:
 
     def prepare(self, keys: list[bytes], ballots: list[bytes], done: Promised) -> None:
         """Promises these rounds, each key once; `done` hears which not, and what is held."""
-        promises = self._replica.promises
+        promises, floors = self._replica.promises, self._replica.floors
         held: list[bytes | None] = []
         refusals: list[tuple[int, bytes]] = []
 
@@ -66,6 +68,8 @@ class Acceptor:
             given: dict[bytes, bytes] = {}
             for index, (key, ballot, record) in enumerate(zip(keys, ballots, records, strict=True)):
                 known = promises.get(key, b"")
+                if ballot[:6] <= floors.promise[:6]:
+                    known = max(known, self._sealed(key))
                 higher = judge_prepare(ballot, known, record)
                 if higher is not None:
                     refusals.append((index, higher))
@@ -88,7 +92,7 @@ class Acceptor:
 
     def accept(self, keys: list[bytes], records: list[bytes], done: Accepted) -> None:
         """Accepts these records, each key once; `done` hears which not."""
-        promises = self._replica.promises
+        promises, floors = self._replica.promises, self._replica.floors
         refusals: list[tuple[int, bytes]] = []
         kept: dict[bytes, bytes] = {}
 
@@ -96,7 +100,8 @@ class Acceptor:
             batch = Batch()
             for index, (key, record, known) in enumerate(zip(keys, records, held, strict=True)):
                 promise = promises.get(key, b"")
-                higher = judge_accept(record, promise, known)
+                least = promise if record[:6] > floors.promise[:6] else max(promise, self._sealed(key))
+                higher = judge_accept(record, least, known)
                 if higher is not None:
                     refusals.append((index, higher))
                     continue
@@ -119,6 +124,64 @@ class Acceptor:
             done(refusals or None, error)
 
         self._decide(keys, decide, decided, values=False)
+
+    def _sealed(self, key: bytes) -> bytes:
+        """What the seal of the key's arc stands for (protocol/floors.py)."""
+        return promise_of(self._replica.floors.at(self._replica.token_of(key)).sealed)
+
+    # --- taking registers away (reclaim.py)
+
+    async def retire(self, keys: list[bytes], ballots: list[bytes], version: int) -> list[int]:
+        """Replaces these tombstones, each accepted under its ballot and no newer than that version, by a promise to
+        nobody: the key is absent and a register still. Returns the places of those of which something else is held.
+        Raises DHTError kinds, TimeoutError."""
+        replica, kept = self._replica, list[int]()
+
+        def decide(held: list[bytes | None]) -> Batch:
+            batch = Batch()
+            for index, (key, ballot, record) in enumerate(zip(keys, ballots, held, strict=True)):
+                if record is None:
+                    continue
+                fits = record[:BALLOT_BYTES] == ballot and is_retired(record, version)
+                if not fits or key in replica.promises or key in replica.unsettled():
+                    kept.append(index)
+                else:
+                    batch.purges.append(key)
+            batch.promises.update(dict.fromkeys(batch.purges, promise_of(version)))
+            replica.promises.update(batch.promises)
+            now = self._clock.monotonic()
+            self._given.update(dict.fromkeys(batch.purges, now))  # unless they are set free, a round makes them whole
+            return batch
+
+        await self._decided(keys, decide, values=True)
+        return kept
+
+    async def free(self, keys: list[bytes]) -> None:
+        """Forgets what `retire` has promised of these keys: they are under consensus no more. Raises as it does."""
+        promises = self._replica.promises
+        freed = {key: promises[key] for key in keys if is_of_seal(promises.get(key, b""))}
+        if not freed:
+            return
+
+        def decide(_held: list[bytes | None]) -> Batch:
+            return Batch(promises={key: b"" for key, promise in freed.items() if promises.get(key) == promise})
+
+        await self._decided(list(freed), decide, values=False)
+        for key, promise in freed.items():
+            if promises.get(key) == promise:
+                del promises[key]
+                self._given.pop(key, None)
+
+    async def _decided(self, keys: list[bytes], decide: Callable[[list[bytes | None]], Batch], *, values: bool) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def done(error: WireError | None) -> None:
+            if not future.done():
+                future.set_result(None) if error is None else future.set_exception(from_wire(*error))
+
+        self._decide(keys, decide, done, values=values)
+        async with asyncio.timeout(STORE_TIMEOUT_S):
+            await future
 
     def forget(self, key: bytes) -> None:
         """This node does not hold the key any more, and has no vote on it: what it promised binds nobody (R6)."""

@@ -36,7 +36,7 @@ from agi.core.dht.protocol.messages import (
     ReplicaWrite,
     WireError,
 )
-from agi.core.dht.protocol.record import REGISTERED
+from agi.core.dht.protocol.record import REGISTERED, height_of
 from agi.core.dht.protocol.versioning import physical_ms
 from agi.core.dht.replica import Replica
 from agi.core.dht.ring import TOKENS, Ring
@@ -331,7 +331,7 @@ class AntiEntropy:
                     completed=name in self._ended,
                     young=self._young(young_from),
                     level=REGISTERED - 1 if young_from is None else young_from,
-                    late=lambda token, hlc: hlc <= self._replica.floors.at(token).closed,
+                    late=lambda token, hlc: height_of(hlc) <= self._replica.floors.at(token).closed,
                 )
                 report = core.report
                 self._ended.discard(name)

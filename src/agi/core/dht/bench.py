@@ -2,7 +2,8 @@
 
 Every operation is one `await` of a client call on a key drawn uniformly; nothing is cached. A caller is a loop of such
 calls, one after the other. The workloads are YCSB's a, b, c (Cooper et al., "Benchmarking Cloud Serving Systems with
-YCSB", 2010) with uniform keys, and batches through `put_many` and `get_many`.
+YCSB", 2010) with uniform keys, batches through `put_many` and `get_many`, and `cas`: puts bound to a version, each
+caller on a key of its own.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ import msgspec
 
 from agi.core.dht.client import DHTClient
 from agi.core.dht.errors import BatchError, ConfigError, DHTError
+from agi.core.dht.types import Consistency
 
 WORKLOADS = {"a": 0.5, "b": 0.95, "c": 1.0}
 """Share of reads; the rest are writes."""
 BATCHES = ("batch_put", "batch_get")
+CAS = "cas"
+NAMES = (*WORKLOADS, *BATCHES, CAS)
 CALLERS_MAX = 4096
 PRELOAD_BATCH_BYTES = 1 << 20
 
@@ -154,11 +158,27 @@ def _caller(client: DHTClient, load: Load, workload: str) -> Caller:
             latencies.append(clock() - start)
         return count
 
+    async def conditional(seed: int, until: float, latencies: list[float], errors: Counter[str]) -> int:
+        key, count = f"bench-cas:{seed:08d}", 0
+        version = await put(key, value, consistency=Consistency.LINEARIZABLE)
+        while (start := clock()) < until:
+            try:
+                version = await put(key, value, if_version=version)
+            except DHTError as error:
+                errors[type(error).__name__] += 1
+                version = await put(key, value, consistency=Consistency.LINEARIZABLE)
+            else:
+                count += 1
+            latencies.append(clock() - start)
+        return count
+
     if workload in WORKLOADS:
         return single
     if workload in BATCHES:
         return batches
-    raise ConfigError(f"unknown workload {workload!r}: use {', '.join([*WORKLOADS, *BATCHES])}")
+    if workload == CAS:
+        return conditional
+    raise ConfigError(f"unknown workload {workload!r}: use {', '.join(NAMES)}")
 
 
 def _cost(before: dict[str, Any], after: dict[str, Any], operations: int) -> NodeCost:

@@ -7,6 +7,11 @@ hash trees and closes; then all reclaim. All replicas must be up, in one epoch w
 round tries again, at a later version. *"Everybody confirmed an exchange" alone: a hint, a repair or a paused
 coordinator brings the old value after the tombstone has gone.*
 
+The tombstone of a register goes in two steps more (R8), once nothing at or below the round's version can be accepted
+any more and all replicas are level: each of them that has accepted just that one replaces it by a promise
+(acceptor.py), and when all have, the promises go too. *In one step: a plain put that two replicas take, which have
+nothing left, is hidden by the tombstone at the third.* One that remembers a fence stays, for good.
+
 A node that gains an arc first drops, durably, whatever it has of it (`make_room`, T10): what was deleted meanwhile
 would come back with it. What it holds of arcs that are not its own is dropped in the background, at its leisure.
 """
@@ -16,11 +21,13 @@ from __future__ import annotations
 import asyncio
 import random
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import structlog
 
+from agi.core.dht.acceptor import is_whole
 from agi.core.dht.errors import (
     ClockSkew,
     DHTError,
@@ -33,10 +40,11 @@ from agi.core.dht.errors import (
 )
 from agi.core.dht.identity import Ledger
 from agi.core.dht.joint import JointRing, JointSet
+from agi.core.dht.protocol.consensus import BALLOT_BYTES, is_register, is_retired
 from agi.core.dht.protocol.exchange import Span
-from agi.core.dht.protocol.floors import Floors, Height, is_dead
+from agi.core.dht.protocol.floors import NONE, Floors, Height, is_dead
 from agi.core.dht.protocol.messages import ReclaimReply, ReclaimStep, WireError
-from agi.core.dht.protocol.record import FLAGS, hlc_of
+from agi.core.dht.protocol.record import FLAGS, TOMBSTONE, height_of, hlc_of
 from agi.core.dht.protocol.versioning import physical_ms
 from agi.core.dht.ring import TOKENS, Partition, Ring
 from agi.core.dht.sessions import Session
@@ -51,7 +59,7 @@ if TYPE_CHECKING:
 _log = structlog.get_logger("agi.core.dht.reclaim")
 
 REQUESTS = (ReclaimStep,)
-SEAL, CLOSE, RECLAIM = 1, 2, 3
+SEAL, CLOSE, RECLAIM, RETIRE, FREE = 1, 2, 3, 4, 5
 STEP_TIMEOUT_S = 15.0
 CLOSE_TIMEOUT_S = 600.0
 """Closing may have to bring much; it is asked for again and again."""
@@ -60,6 +68,8 @@ LEVEL_TRIES = 5
 """Exchanges with one peer until one finds nothing any more."""
 RETRY_S = 10.0
 """A round that failed is tried again after about this, if that is less than the interval."""
+RETIRE_MAX = 1000
+"""Registers that one round takes away."""
 STEPS_MAX = 64
 """Steps under way at one node for others."""
 
@@ -77,6 +87,7 @@ class Reclaimer:
         dropped: records of arcs that are not its own that it has dropped.
         dead, oldest_dead_ms: tombstones and expired records that its last look at the store found and left, and when
             the oldest of them was written.
+        retired: registers among what was reclaimed.
     """
 
     def __init__(
@@ -93,6 +104,7 @@ class Reclaimer:
         self.rounds = 0
         self.failed = 0
         self.reclaimed = 0
+        self.retired = 0
         self.dropped = 0
         self.dead = 0
         self.oldest_dead_ms = 0
@@ -106,6 +118,7 @@ class Reclaimer:
         self._raising = asyncio.Lock()
         self._look = asyncio.Event()
         self._closing: set[str] = set()
+        self._absent: dict[bytes, bytes] = {}
         self._steps = 0
 
     async def load(self) -> None:
@@ -172,21 +185,48 @@ class Reclaimer:
         epoch = topology.epoch
         for step, timeout_s in ((SEAL, STEP_TIMEOUT_S), (CLOSE, CLOSE_TIMEOUT_S), (RECLAIM, STEP_TIMEOUT_S)):
             async with asyncio.timeout(timeout_s):
-                await all_of(
-                    [self._order(name, ReclaimStep(0, epoch, step, version, absent)) for name in others]
-                    + [self._step(node.node_id, ReclaimStep(0, epoch, step, version, absent), wait=True)]
-                )
+                await self._all(others, ReclaimStep(0, epoch, step, version, absent))
+        await self._retire(others, epoch, version, absent)
         self.rounds += 1
         _log.debug("round_done", version=version, replicas=len(names), absent=absent)
         return version
 
-    async def _order(self, name: str, message: ReclaimStep) -> None:
-        """That replica has taken the step."""
+    async def _retire(self, others: list[str], epoch: int, version: int, absent: list[str]) -> None:
+        """Takes registers of absent keys away, of those that this node's last look at the store found."""
+        replica, me = self._node.replica, self._node.node_id
+        led = Floors([(*span, NONE) for span in self._held(lambda part: _led_by(part, me, absent))])
+        found = {key: ballot for key, ballot in self._absent.items() if led.covers(replica.token_of(key))}
+        self._absent = {}
+        if not found:
+            return
+        keys, ballots = list(found), list(found.values())
+        for step in (RETIRE, FREE):
+            async with asyncio.timeout(STEP_TIMEOUT_S):
+                kept = await self._all(others, ReclaimStep(0, epoch, step, version, absent, keys, ballots))
+            keys = [key for index, key in enumerate(keys) if index not in kept]
+            ballots = [found[key] for key in keys]
+            if not keys:
+                break
+
+    async def _all(self, others: list[str], message: ReclaimStep) -> set[int]:
+        """All have taken the step; which of its keys some of them has kept."""
+        kept: set[int] = set()
+
+        async def add(step: Awaitable[list[int]]) -> None:
+            kept.update(await step)
+
+        mine = self._step(self._node.node_id, message, wait=True)
+        await all_of([add(self._order(name, message)) for name in others] + [add(mine)])
+        return kept
+
+    async def _order(self, name: str, message: ReclaimStep) -> list[int]:
+        """That replica has taken the step; which of its keys it has kept."""
         while True:
             try:
                 async with asyncio.timeout(STEP_TIMEOUT_S):
-                    await self._node.calls.call(name, message)
-                return
+                    reply = await self._node.calls.call(name, message)
+                assert isinstance(reply, ReclaimReply)
+                return reply.kept
             except NotReady:
                 await asyncio.sleep(CLOSE_POLL_S * (0.5 + self._rng.random()))
 
@@ -207,16 +247,17 @@ class Reclaimer:
 
     async def _answer(self, session: Session, link: Link, message: ReclaimStep) -> None:
         error: WireError | None = None
+        kept: list[int] = []
         try:
             async with asyncio.timeout(STEP_TIMEOUT_S):
-                await self._step(session.name, message, wait=False)
+                kept = await self._step(session.name, message, wait=False)
         except DHTError as failure:
             error = failure.to_wire()
         except TimeoutError:
             error = NotReady(f"{self._node.node_id} has not taken the step in time").to_wire()
         finally:
             self._steps -= 1
-        self._reply(session, link, ReclaimReply(message.id, error))
+        self._reply(session, link, ReclaimReply(message.id, error, kept))
 
     def _reply(self, session: Session, link: Link, reply: ReclaimReply) -> None:
         try:
@@ -224,8 +265,9 @@ class Reclaimer:
         except (TransportError, Overloaded) as error:
             _log.info("reply_undeliverable", peer=session.name, error=str(error))
 
-    async def _step(self, leader: str, message: ReclaimStep, *, wait: bool) -> None:
-        """Returns when the step is taken, durably. Without `wait`, NotReady tells that closing goes on."""
+    async def _step(self, leader: str, message: ReclaimStep, *, wait: bool) -> list[int]:
+        """Returns when the step is taken, durably; the places of its keys that this node has kept. Without `wait`,
+        NotReady tells that closing goes on."""
         node, version = self._node, message.version
         if version > node.replica.limit():
             raise ClockSkew(f"{leader} would reclaim what is written long after the time of {node.node_id}")
@@ -237,10 +279,10 @@ class Reclaimer:
             await self._raise(placement, spans, Height(version, 0, 0), settle=True)
         elif message.step == CLOSE:
             if self._lowest(spans).closed >= version:
-                return
+                return []
             if wait:
                 await self._close(placement, spans, leader, message)
-                return
+                return []
             if leader not in self._closing:  # for an earlier round, perhaps: then that ends first
                 self._closing.add(leader)
                 self._own(self._close_quietly(placement, spans, leader, message), "close arcs")
@@ -250,8 +292,31 @@ class Reclaimer:
                 raise InvalidRequest(f"{node.node_id} has not closed what {leader} would reclaim")
             await self._raise(placement, spans, Height(version, version, version))
             self._look.set()
+        elif message.step in (RETIRE, FREE):
+            return await self._take_away(spans, message)
         else:
             raise InvalidRequest(f"unknown step {message.step}")
+        return []
+
+    async def _take_away(self, spans: list[Span], message: ReclaimStep) -> list[int]:
+        """Takes RETIRE, or FREE."""
+        acceptor, replica = self._node.acceptor, self._node.replica
+        keys, ballots = message.keys, message.ballots
+        if len(keys) > RETIRE_MAX or not is_whole(keys, ballots):
+            raise InvalidRequest("RETIRE and FREE name keys, and the ballot of each")
+        if self._lowest(spans).reclaimed < message.version:
+            raise InvalidRequest(f"{self._node.node_id} has not reclaimed up to {message.version}")
+        held = Floors([(*span, NONE) for span in spans])
+        places = [index for index, key in enumerate(keys) if held.covers(replica.token_of(key))]
+        if not places:
+            return []
+        keys, ballots = [keys[index] for index in places], [ballots[index] for index in places]
+        if message.step == FREE:
+            await acceptor.free(keys)
+            return []
+        kept = await acceptor.retire(keys, ballots, message.version)
+        self.retired += len(keys) - len(kept)
+        return [places[index] for index in kept]
 
     def _held(self, choose: Callable[[Partition], bool]) -> list[Span]:
         """What this node holds of the arcs chosen, in token order. Raises StaleEpoch while members change."""
@@ -340,14 +405,19 @@ class Reclaimer:
             return
         held, placement = node.antientropy.keeper.held, node.known_topology.placement
         dead, oldest_ms = 0, 0
+        absent: dict[bytes, bytes] = {}
         for span in joined(held):
             async for page in node.antientropy.keeper.walk(span):
                 taken, left = self._sort(page)
                 if taken:
                     self.reclaimed += await node.replica.purge([key for key, _ in taken], [item for _, item in taken])
                 dead += len(left)
-                oldest_ms = min([oldest_ms or node.clock.wall_ms(), *(physical_ms(hlc_of(item)) for _, item in left)])
+                ages_ms = [physical_ms(height_of(hlc_of(item))) for _, item in left]
+                oldest_ms = min([oldest_ms or node.clock.wall_ms(), *ages_ms])
+                if len(absent) < RETIRE_MAX:
+                    absent |= await self._registers([key for key, item in left if is_register(item)])
         self.dead, self.oldest_dead_ms = dead, oldest_ms
+        self._absent = dict(islice(absent.items(), RETIRE_MAX))
         for span in _outside(held):
             self.dropped += await self._drop(span, lambda: node.known_topology.placement == placement)
 
@@ -361,9 +431,19 @@ class Reclaimer:
                 continue
             if is_dead(record, replica.floors.at(replica.token_of(key)).reclaimed):
                 taken.append((key, record))
-            elif is_dead(record, now_ms << 16):
+            elif is_dead(record, now_ms << 16) or (is_register(record) and record[FLAGS] & TOMBSTONE):
                 left.append((key, record))
         return taken, left
+
+    async def _registers(self, keys: list[bytes]) -> dict[bytes, bytes]:
+        """Those of these keys whose registers a round may take away, and the ballots under which they were accepted."""
+        records = await self._node.antientropy.keeper.read(keys) if keys else []
+        height = self._node.clock.wall_ms() << 16
+        return {
+            key: record[:BALLOT_BYTES]
+            for key, record in zip(keys, records, strict=True)
+            if record is not None and is_retired(record, height)
+        }
 
     async def _drop(self, span: Span, allowed: Callable[[], bool]) -> int:
         count = 0

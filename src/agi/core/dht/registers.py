@@ -353,7 +353,9 @@ class Registers:
         # who was told that nothing happened is left out; a round without any ends what it has been promised
         key.taken = [waiting for waiting in key.taken if not waiting.over]
         for waiting in key.taken:
-            result = outcome(waiting.op, state, waiting.seen, waiting.sent, late=now > waiting.look_by)
+            late = now > waiting.look_by
+            floor = self._taken_up_to(key.key) if late or waiting.sent or waiting.op.retry else 0
+            result = outcome(waiting.op, state, waiting.seen, waiting.sent, floor, late=late)
             waiting.planned = 0
             if result is None:
                 waiting.seen = newest
@@ -366,6 +368,10 @@ class Registers:
         following = next_ballot(round_.ballot)
         assert following is not None, "a round begins with room in its sequence"
         round_.propose(register_of(key.key, following, state))
+
+    def _taken_up_to(self, key: bytes) -> int:
+        """Up to which version the key may have been taken away (R8); one of its replicas knows."""
+        return self._floor(key) if self.requests.me in self.requests.replicas(key) else self._hlc.last
 
     def _tick(self, key: bytes, above: int) -> int:
         self._hlc.observe(max(above, self._floor(key)))

@@ -26,7 +26,17 @@ from agi.core.dht.protocol.commit import Commit, Effect, Fail, GroupCommit, Rele
 from agi.core.dht.protocol.consensus import is_register, round_of, unvoted
 from agi.core.dht.protocol.floors import Floors
 from agi.core.dht.protocol.messages import FRESH, REPAIR, WireError
-from agi.core.dht.protocol.record import EXPIRES, FLAGS, HEADER, REGISTERED, expires_ms_of, hlc_of, is_live, shrink
+from agi.core.dht.protocol.record import (
+    EXPIRES,
+    FLAGS,
+    HEADER,
+    REGISTERED,
+    expires_ms_of,
+    height_of,
+    hlc_of,
+    is_live,
+    shrink,
+)
 from agi.core.dht.protocol.versioning import HLC, physical_ms
 from agi.core.dht.sessions import cut
 from agi.core.dht.storage.base import Batch, Page, StorageBackend
@@ -308,7 +318,8 @@ class Replica:
         """What to store of a batch: (records, which of them are inserts, superseded, live). Raises ClockSkew."""
         now_ms = self._clock.wall_ms()
         newest = hlc_of(max(records))
-        if newest >= REGISTERED:
+        registers = newest >= REGISTERED
+        if registers:
             newest = hlc_of(max((r for r in records if not is_register(r)), default=b"\0" * HEADER))
         if mode == FRESH and newest > self._hlc.limit(now_ms, self._skew_ms):
             self._refuse_skew(records, headers, now_ms)
@@ -316,7 +327,7 @@ class Replica:
         live = [i for i, header in enumerate(headers) if is_live(header, now_ms)] if want_live else None
         superseded: list[tuple[int, int]] = []
         skip: Collection[int] = ()
-        if min(records) < self.floors.mark and mode >= 0:
+        if mode >= 0 and (registers or min(records) < self.floors.mark):
             skip = self._below_floors(mode, keys, records, headers, superseded)
         if self.promises and mode != FILL and not self.promises.keys().isdisjoint(keys):
             skip = self._promised(keys, records, superseded) | set(skip)
@@ -366,9 +377,9 @@ class Replica:
         late = set()
         mark = self.floors.mark
         for index, (key, record, header) in enumerate(zip(keys, records, headers, strict=True)):
-            if record >= mark:
+            if record >= mark and not is_register(record):
                 continue
-            height, hlc = self.floors.at(self.token_of(key)), hlc_of(record)
+            height, hlc = self.floors.at(self.token_of(key)), height_of(hlc_of(record))
             if mode == REPAIR:
                 if hlc <= height.closed and header is None:
                     late.add(index)  # it was reclaimed: all replicas held it, or a newer one, when they closed
@@ -426,11 +437,14 @@ class Replica:
             changes = bool(batch.records or batch.promises)
             if batch.records:
                 self._tell_change(keys, records, batch.records, batch.inserts)
+            self._tell_purge(keys, records, batch.purges)
             if commit is None:
                 if changes:
                     self.store.write(batch)
                 done(None)
             elif changes:
+                if batch.purges:  # before what is promised with it, so that it is as durable
+                    self.store.write(Batch(purges=batch.purges))
                 effect = commit.submit(batch.records, batch.inserts, done, batch.promises)
                 if effect is not None:
                     self._perform((effect,))
@@ -441,6 +455,11 @@ class Replica:
         except DHTError as error:
             self._metrics.replica_errors += 1
             done(error)
+
+    def _tell_purge(self, keys: list[bytes], records: Sequence[bytes | None], purges: list[bytes]) -> None:
+        if purges and self.on_change is not None:
+            held = dict(zip(keys, records, strict=True))
+            self.on_change(purges, [held[key] for key in purges], [])
 
     # --- group commit
 
@@ -622,6 +641,7 @@ class Replica:
         batch = decide(records)
         if batch.records:
             self._tell_change(keys, records, batch.records, batch.inserts)
+        self._tell_purge(keys, records, batch.purges)
         if batch.records or batch.promises:
             self._applying = keys
             await self.store.apply(batch)

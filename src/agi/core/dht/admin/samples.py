@@ -133,6 +133,7 @@ class NodeSamples:
         rounds = {"done": reclaimer.rounds, "failed": reclaimer.failed}
         yield _counters("dht_reclaim_rounds", "Rounds that this node led.", "outcome", rounds)
         yield _counter("dht_reclaimed_keys", "Tombstones and expired records taken away.", reclaimer.reclaimed)
+        yield _counter("dht_registers_retired", "Registers of absent keys taken away.", reclaimer.retired)
         yield _counter("dht_dropped_keys", "Records of arcs that went to other nodes, dropped.", reclaimer.dropped)
         yield _gauge("dht_tombstones", "Dead records that the last look at the store left.", float(reclaimer.dead))
         age_s = reclaimer.oldest_dead_s

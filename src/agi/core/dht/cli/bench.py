@@ -14,7 +14,7 @@ import msgspec
 import typer
 import uvloop
 
-from agi.core.dht.bench import BATCHES, CALLERS_MAX, WORKLOADS, Load, Sample, measure, preload
+from agi.core.dht.bench import BATCHES, CALLERS_MAX, NAMES, Load, Sample, measure, preload
 from agi.core.dht.cli import output
 from agi.core.dht.cli.connection import AsJson, addresses
 from agi.core.dht.client import DHTClient
@@ -42,7 +42,7 @@ def bench(
         typer.Option("--set", metavar="KEY=VALUE", help="Its other settings, such as storage.wal_sync=interval."),
     ] = None,
     workload: Annotated[
-        str, typer.Option(help="a (half reads), b (95 % reads), c (reads), batch_put, batch_get, batch (both).")
+        str, typer.Option(help="a (half reads), b (95 % reads), c (reads), batch_put, batch_get, batch (both), cas.")
     ] = "a,b,c,batch",
     callers: Annotated[str, typer.Option(help="Concurrent callers; batches have one.")] = "1,32,256",
     keys: Annotated[int, typer.Option(help="Keys, all written beforehand.")] = 10_000,
@@ -85,12 +85,12 @@ def _plan(workload: str, callers: str) -> list[tuple[str, int]]:
         counts.append(int(text))
     plan: list[tuple[str, int]] = []
     for name in workload.split(","):
-        if name in WORKLOADS:
+        if name in NAMES and name not in BATCHES:
             plan += [(name, count) for count in counts]
         elif name in BATCHES or name == "batch":
             plan += [(each, 1) for each in (BATCHES if name == "batch" else (name,))]
         else:
-            raise ConfigError(f"unknown workload {name!r}: use {', '.join([*WORKLOADS, *BATCHES])} or batch")
+            raise ConfigError(f"unknown workload {name!r}: use {', '.join(NAMES)} or batch")
     return plan
 
 

@@ -46,6 +46,7 @@ from agi.core.dht.protocol.record import (
     UNVOTED,
     created_ms_of,
     expires_ms_of,
+    height_of,
     hlc_of,
     pack,
 )
@@ -205,6 +206,15 @@ def is_settled(record: bytes, now_ms: int) -> bool:
     return not state.expires_ms or state.value is None or state.expires_ms > now_ms
 
 
+def is_retired(record: bytes, height: int) -> bool:
+    """Whether this is the register of an absent key, whose ballot and version are no newer than that, and which
+    remembers no fence: nothing is lost with it but the last operations' results (R8). Raises StorageCorrupt."""
+    if not (record[FLAGS] & REGISTER and record[FLAGS] & TOMBSTONE) or height_of(hlc_of(record)) > height:
+        return False
+    state = state_of(record)
+    return state.fence is None and state.version <= height
+
+
 def unvoted(record: bytes) -> bytes:
     """The record as it is shown by an acceptor that has promised more since."""
     return record[:FLAGS] + bytes((record[FLAGS] | UNVOTED,)) + record[FLAGS + 1 :]
@@ -292,12 +302,12 @@ def _counter(value: bytes | None) -> int:
     return int(value)
 
 
-def outcome(op: Op, state: State, seen: bytes | None, sent: int, *, late: bool) -> OpResult | None:
+def outcome(op: Op, state: State, seen: bytes | None, sent: int, floor: int, *, late: bool) -> OpResult | None:
     """What a state that a quorum holds, or held, tells of an operation that may have taken effect already: its result,
     an error, or None where it certainly had no effect and is to be applied (R4).
 
-    A value remembers the last WINDOW operations. Where it does not name this one, and has forgotten others, this one
-    may be among those that it forgot, unless
+    A value remembers the last WINDOW operations, or all since it was taken away as a tombstone (R8), if it was. Where
+    it does not name this one, that may be among those that it forgot, unless
     - they are all older: whoever applies it makes a version above `op.since`, or
     - the state is the one to whose version it is bound, or
     - what its coordinator met as the newest when it judged last is still remembered, or
@@ -307,6 +317,7 @@ def outcome(op: Op, state: State, seen: bytes | None, sent: int, *, late: bool) 
     Args:
         seen: the newest operation that its coordinator met when it last judged so; empty for none, None for not yet.
         sent: the least version that its coordinator sent it out with, 0 for none yet.
+        floor: up to which version the key may have been taken away.
         late: LOOK_WITHIN_S have passed since it was sent to its coordinator.
     """
     if op.kind == LOOK:  # it has no effect that could be hidden
@@ -315,12 +326,13 @@ def outcome(op: Op, state: State, seen: bytes | None, sent: int, *, late: bool) 
     for known in done:
         if known.name == op.name:
             return OpResult(known.version, known.number)
-    if len(done) < WINDOW or done[0].version <= op.since:
+    forgotten = done[0].version if len(done) >= WINDOW else floor
+    if forgotten <= op.since:
         return None
     if op.condition == IF_VERSION and op.version == state.version:
         return None
     if not late and not op.retry:
-        hidden = bool(sent) and done[0].version >= sent
+        hidden = bool(sent) and forgotten >= sent
     elif seen is not None:
         hidden = not any(known.name == seen for known in done)
     elif op.retry:
@@ -328,7 +340,9 @@ def outcome(op: Op, state: State, seen: bytes | None, sent: int, *, late: bool) 
     else:
         return OpResult(error=Unavailable("it came too late to be told from one that another node tries").to_wire())
     if hidden:
-        return OpResult(error=OutcomeUnknown(f"{WINDOW} later operations hide whether it took effect").to_wire())
+        return OpResult(
+            error=OutcomeUnknown(f"{WINDOW} later operations, or a deletion, hide whether it took effect").to_wire()
+        )
     return None
 
 

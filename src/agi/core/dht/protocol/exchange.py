@@ -44,7 +44,7 @@ from agi.core.dht.protocol.messages import (
     TreeRoot,
     TreeRootReply,
 )
-from agi.core.dht.protocol.record import HEADER, REGISTERED, hlc_of
+from agi.core.dht.protocol.record import HEADER, REGISTERED, height_of, hlc_of
 
 NODES_MAX = 4096
 """Sums in one answer (16 KiB)."""
@@ -126,8 +126,7 @@ class Report:
         differing: of these ranges.
         leaves: whose records were compared.
         differences: keys of which one side was behind.
-        behind: keys of which this side was in what it had to be level up to, without those under consensus, whose
-            ballots tell nothing of their age.
+        behind: keys of which this side was in what it had to be level up to.
         young: keys that differ, but were written a moment ago.
         sent, received: records.
     """
@@ -372,14 +371,14 @@ class Exchange:
             if ours >= theirs:
                 self._send.append((entry.key, entry.size))
             if theirs >= ours:
-                report.behind += theirs <= self._level
+                report.behind += height_of(theirs) <= self._level
                 self._fetch.append(entry.token)
         for token, hlc in extra.items():
             if young(hlc):
                 report.young += 1
             elif not self._late(token, hlc):
                 report.differences += 1
-                report.behind += hlc <= self._level
+                report.behind += height_of(hlc) <= self._level
                 self._fetch.append(token)
         for entry in self._entries:  # what was written meanwhile explains why the sums differed
             if young(hlc_of(entry.header)):

@@ -2,10 +2,13 @@
 
 A round of reclaiming brings an arc at each of its replicas through three heights, all of them versions (HLC):
 
-    sealed     a put at or below it is answered `superseded`, a hint is dropped: nothing old begins any more
+    sealed     a put at or below it is answered `superseded`, a hint is dropped, a ballot at or below it is refused as
+               if more had been promised: nothing old begins any more
     closed     this replica holds all that any replica held up to here when the last of them had sealed; what is
                repaired at or below it and is not held was reclaimed, so it is dropped
     reclaimed  all replicas have closed: tombstones, and records that expired by then, are gone up to here
+
+A register stands where the milliseconds of its ballot do.
 
 A height never falls while the node holds the arc, and reclaimed <= closed <= sealed.
 
@@ -25,12 +28,13 @@ from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
 from agi.core.dht.errors import StorageCorrupt
-from agi.core.dht.protocol.record import EXPIRES, FLAGS, TOMBSTONE, expires_ms_of
+from agi.core.dht.protocol.record import EXPIRES, FLAGS, LATER, REGISTERED, TOMBSTONE, expires_ms_of
 from agi.core.dht.protocol.versioning import physical_ms
 
 Span: TypeAlias = tuple[int, int]
 
 _ROW = struct.Struct(">QQQQQ")
+_NOBODY = b"\xff" * 8
 
 
 class Height(NamedTuple):
@@ -45,27 +49,44 @@ class Height(NamedTuple):
 NONE = Height()
 
 
+def promise_of(sealed: int) -> bytes:
+    """What a seal up to this version has promised: no ballot of these milliseconds, or before them."""
+    return (REGISTERED | sealed & ~LATER).to_bytes(8, "big") + _NOBODY
+
+
+def is_of_seal(promise: bytes) -> bool:
+    """Whether that was promised to no proposer."""
+    return promise[8:] == _NOBODY
+
+
 class Floors:
     """The heights of spans of tokens, first to last, apart and in order. Immutable.
 
     Attributes:
         mark: compares above every record at or below the highest seal, and below all others: one comparison tells of a
             whole batch of fresh records that nothing is in its way.
+        promise: the highest that any seal stands for; ballots of later milliseconds are above all.
     """
 
-    __slots__ = ("_lasts", "mark", "spans")
+    __slots__ = ("_lasts", "mark", "promise", "spans")
 
     def __init__(self, spans: Sequence[tuple[int, int, Height]] = ()) -> None:
         self.spans = tuple(spans)
         self._lasts = [last for _, last, _ in self.spans]
         highest = max((height.sealed for _, _, height in self.spans), default=-1)
         self.mark = (highest + 1).to_bytes(9, "big")[1:]
+        self.promise = promise_of(max(highest, 0))
 
     def at(self, token: int) -> Height:
         index = bisect_left(self._lasts, token)
         if index < len(self.spans) and self.spans[index][0] <= token:
             return self.spans[index][2]
         return NONE
+
+    def covers(self, token: int) -> bool:
+        """Whether it lies in one of the spans."""
+        index = bisect_left(self._lasts, token)
+        return index < len(self.spans) and self.spans[index][0] <= token
 
     def within(self, spans: Iterable[Span]) -> Floors:
         """What is known of these spans alone; they are apart and in order."""

@@ -634,15 +634,20 @@ class ChangeStateReply(Message):
 
 class ReclaimStep(Message):
     """SEAL, CLOSE or RECLAIM, up to `version`, the arcs whose first replica by name is the sender and which none of
-    the `absent` nodes holds."""
+    the `absent` nodes holds; or RETIRE or FREE of these `keys`, accepted last under `ballots`, the registers there."""
 
     id: int
     epoch: int
     step: int
     version: int
     absent: list[str]
+    keys: list[bytes] = []
+    ballots: list[bytes] = []
 
 
 class ReclaimReply(Message):
+    """`kept`: the places of those of the keys that may not be set free."""
+
     id: int
     error: WireError | None = None
+    kept: list[int] = []

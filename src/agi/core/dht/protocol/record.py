@@ -41,6 +41,9 @@ UNVOTED = 0x40
 REGISTERED = 1 << 63
 """What `hlc_of` a register record has at least: no version."""
 
+LATER = (1 << 16) - 1
+"""What tells versions, and ballots, of one millisecond apart."""
+
 _HEAD = struct.Struct(">QQQ")
 _HLC = struct.Struct(">Q")
 _hash_int: Callable[..., int] = xxhash.xxh3_64_intdigest
@@ -85,6 +88,12 @@ def verify(key: bytes, record: bytes) -> bytes:
     if len(record) < HEADER or _hash(record[32:], _hash_int(record[:24] + key)) != record[24:32]:
         raise StorageCorrupt(f"the record of key {key[:64]!r} fails its checksum")
     return record
+
+
+def height_of(hlc: int) -> int:
+    """Where a record stands among versions (protocol/floors.py): its version, or what the milliseconds of its ballot
+    are as one."""
+    return hlc if hlc < REGISTERED else (hlc ^ REGISTERED) & ~LATER
 
 
 def hlc_of(record: bytes) -> int:

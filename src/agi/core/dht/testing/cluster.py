@@ -22,7 +22,7 @@ from agi.core.dht.errors import DHTError, Removed
 from agi.core.dht.identity import Identity, Promise
 from agi.core.dht.node import Node
 from agi.core.dht.observability.metrics import Metrics
-from agi.core.dht.protocol.consensus import is_register
+from agi.core.dht.protocol.consensus import is_register, is_retired
 from agi.core.dht.protocol.floors import is_dead
 from agi.core.dht.protocol.hints import Hints
 from agi.core.dht.protocol.messages import (
@@ -51,7 +51,7 @@ from agi.core.dht.testing.disk import SimDisk
 from agi.core.dht.testing.host import Host
 from agi.core.dht.testing.network import SimNetwork, SimTransport
 from agi.core.dht.testing.operators import Operators
-from agi.core.dht.testing.reclaiming import leftover, unlevelled
+from agi.core.dht.testing.reclaiming import leftover, not_retired, unlevelled
 from agi.core.dht.testing.scenario import Churn, Scenario, address_of
 from agi.core.dht.testing.simulation import Simulation
 from agi.core.dht.testing.votes import Votes
@@ -393,7 +393,8 @@ class SimCluster:
         if name not in self.held(key):
             return False
         settled_ms = min(self.sim.hosts[each].clock.wall_ms() for each in self.running) - RECLAIM_LAG_MS
-        return not is_dead(record, from_ms(settled_ms))  # those of the future, by these clocks, stay
+        height = from_ms(settled_ms)  # those of the future, by these clocks, stay
+        return not is_dead(record, height) and not is_retired(record, height)
 
     def held(self, key: str) -> dict[str, bytes | None]:
         """What each replica of a key durably holds."""
@@ -579,9 +580,9 @@ class SimCluster:
         members = [self.running.get(member.node_id) for member in node.known_topology.members]
         if any(each is None or each.known_topology.epoch != step.epoch for each in members):
             return  # some do not hear it, or refuse it
-        for text in unlevelled(
-            src, step, node.ring, self.disks, [name.encode() for name in self.scenario.workload.names]
-        ):
+        names = [name.encode() for name in self.scenario.workload.names]
+        wrong = unlevelled(src, step, node.ring, self.disks, names)
+        for text in wrong + not_retired(step, node.ring, self.disks):
             self._find("reclaim", text)
 
     def _check_accept(self, src: str, dst: str, accept: RegisterAccept) -> None:

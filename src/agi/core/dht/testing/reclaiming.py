@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from agi.core.dht.joint import JointRing, JointSet
+from agi.core.dht.protocol.consensus import is_register
 from agi.core.dht.protocol.floors import is_dead
 from agi.core.dht.protocol.messages import ReclaimStep
-from agi.core.dht.protocol.record import hlc_of
-from agi.core.dht.reclaim import RECLAIM
+from agi.core.dht.protocol.record import height_of, hlc_of
+from agi.core.dht.reclaim import FREE, RECLAIM
 from agi.core.dht.ring import Ring
 from agi.core.dht.testing.disk import SimDisk
 from agi.core.dht.topology import Topology
@@ -43,6 +44,20 @@ def unlevelled(
                 f"{leader} has version {step.version} of {key.decode()} reclaimed while {', '.join(lacking)} "
                 f"lacks {hlc_of(newest)}"
             )
+    return wrong
+
+
+def not_retired(step: ReclaimStep, ring: Ring, disks: Mapping[str, SimDisk]) -> list[str]:
+    """What speaks against a leader's word to set keys free: a replica that still shows the register of a time at or
+    before the round's version, behind which a plain record would be hidden (R8)."""
+    if step.step != FREE:
+        return []
+    wrong = []
+    for key in step.keys:
+        for name in ring.replicas(key):
+            record = disks[name].durable(key)
+            if is_register(record) and height_of(hlc_of(record)) <= step.version:
+                wrong.append(f"{key.decode()} is set free up to {step.version} while {name} holds a register of it")
     return wrong
 
 

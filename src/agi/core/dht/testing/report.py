@@ -30,6 +30,7 @@ MUST_HAPPEN = (
     "joins",
     "leaves",
     "reclaimed",
+    "retired",
 )
 """What a run of some seeds must have seen at least once, or it has tested nothing."""
 RARE = ("removals", "evictions", "replacements", "new disks", "disks lost", "weights", "wide batches")

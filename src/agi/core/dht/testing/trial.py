@@ -315,6 +315,7 @@ class _Trial:
         report.counts["differences repaired"] = sum(each.differences for each in self.cluster.repairs)
         report.counts["rounds"] = sum(each.rounds for each in self.cluster.reclaimers)
         report.counts["reclaimed"] = sum(each.reclaimed for each in self.cluster.reclaimers)
+        report.counts["retired"] = sum(each.retired for each in self.cluster.reclaimers)
         report.counts["below floors"] = sum(each.replica_below_floor for each in metrics)
         operators = self.cluster.operators
         report.counts["epochs proposed"] = operators.proposed
