@@ -2,11 +2,11 @@
 
     python bench/where.py [--storage memory,rocksdb] [--seconds 6] [--docs docs/performance.md] [--json FILE]
 
-Three nodes, N=3, QUORUM, 100-byte values, TCP on loopback; half puts, half gets, and puts bound to a version. While a workload runs, py-spy samples
-one of the nodes, which share the work evenly, and the client. The share of each part of the code in the samples of a
-process, times the CPU time that the process took for an operation by the kernel's account, is what the table says. A
-system call, and what runs in C, counts for the Python function that called it. Sampling itself costs the processes a
-few hundredths.
+Three nodes, N=3, QUORUM, 100-byte values, TCP on loopback; half puts, half gets, and puts bound to a version. While a
+workload runs, py-spy samples one of the nodes, which share the work evenly, and the client. The share of each part of
+the code in the samples of a process, times the CPU time that the process took for an operation by the kernel's account,
+is what the table says. A system call, and what runs in C, counts for the Python function that called it. Sampling
+itself costs the processes a few hundredths.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ PARTS = {
     "client: calls and batches": ("client/",),
     "ring and placement": ("ring", "joint", "topology", "client/routing"),
     "coordination and quorums": (
-        "coordinator", "registers", "requests", "reads", "writes", "fanout", "calls", "peers", "sessions", "node", "client_requests",
+        "coordinator", "registers",
+        "requests", "reads", "writes", "fanout", "calls", "peers", "sessions", "node", "client_requests",
         "replica_requests", "protocol/quorum", "protocol/dedup", "protocol/timers", "protocol/admission",
         "protocol/latency",
     ),
