@@ -37,7 +37,7 @@ from agi.core.dht.protocol.quorum import JointReadQuorum, JointWriteQuorum, Read
 from agi.core.dht.protocol.record import EXPIRES, FLAGS, HEADER, created_ms_of, hlc_of, pack
 from agi.core.dht.protocol.register import Proposer, Reply, State
 from agi.core.dht.protocol.versioning import writer_id
-from agi.core.dht.reclaim import CLOSE, Reclaimer
+from agi.core.dht.reclaim import CLOSE, RECLAIM, RETIRE, Reclaimer
 from agi.core.dht.registers import Registers
 from agi.core.dht.replica import Replica
 from agi.core.dht.testing.clock import EPOCH_MS, SimClock
@@ -368,13 +368,24 @@ def _round_without_close() -> AbstractContextManager[Any]:
     """After the seal all reclaim."""
     real = Reclaimer._step
 
-    async def step(self: Reclaimer, leader: str, message: Any, *, wait: bool) -> None:
+    async def step(self: Reclaimer, leader: str, message: Any, *, wait: bool) -> list[int]:
         if message.step == CLOSE:
-            return
-        with mock.patch.object(self, "_lowest", lambda spans: Height(message.version, message.version, 0)):
-            await real(self, leader, message, wait=wait)
+            return []
+        height = Height(message.version, message.version, message.version * (message.step > RECLAIM))
+        with mock.patch.object(self, "_lowest", lambda spans: height):
+            return await real(self, leader, message, wait=wait)
 
     return mock.patch.object(Reclaimer, "_step", step)
+
+
+def _register_freed_at_once() -> AbstractContextManager[Any]:
+    """Who leads takes a register away, and has it forgotten, without the others."""
+    real = Reclaimer._all
+
+    async def all_(self: Reclaimer, others: list[str], message: Any) -> set[int]:
+        return await real(self, others if message.step != RETIRE else [], message)
+
+    return mock.patch.object(Reclaimer, "_all", all_)
 
 
 def _leftover_kept() -> AbstractContextManager[Any]:
@@ -570,7 +581,7 @@ def _conflict_on_a_value_not_chosen() -> AbstractContextManager[object]:
 
 
 def _retry_without_a_name() -> AbstractContextManager[object]:
-    return mock.patch.object(registers, "outcome", lambda op, state, first: None)
+    return mock.patch.object(registers, "outcome", lambda *_, **__: None)
 
 
 def _round_across_epochs() -> AbstractContextManager[object]:
@@ -658,6 +669,7 @@ MUTANTS = (
     Mutant("reclaimed-by-time", "G1: a tombstone goes by agreement", _reclaimed_by_time_alone, Profile.NETWORK),
     Mutant("closed-unlevelled", "G1: who closes has what others had", _closed_without_a_look, Profile.NETWORK),
     Mutant("unclosed-round", "G1: a round closes before it reclaims", _round_without_close, Profile.NETWORK, seed=25),
+    Mutant("freed-at-once", "R8: all take a register away, then forget", _register_freed_at_once, Profile.CONSENSUS),
     Mutant("snapshot-before-epoch", "T6: a source adopts first", _snapshot_before_epoch, Profile.CHURN, Turn.LAG),
     Mutant(
         "leftover-kept",
