@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from cluster import LOST, Cluster, until
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -137,6 +138,7 @@ async def test_a_store_that_does_not_answer_is_told() -> None:
     assert "\ndht_store_up 0.0\n" in text and "dht_keys" not in text
 
 
+@pytest.mark.usefixtures("hurried")
 async def test_a_change_of_the_members_shows() -> None:
     async with Cluster(3) as cluster:
         for i in range(20):

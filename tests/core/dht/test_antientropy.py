@@ -16,7 +16,7 @@ import pytest
 from cluster import LOST, Cluster, until
 from contract.storage_harness import redis_server
 from structlog.testing import capture_logs
-from test_replica import NOW_MS, Bench, DiskStore, record
+from test_replica import NOW_MS, Bench, DiskStore, record, turn
 
 from agi.core.dht import treekeeper
 from agi.core.dht.antientropy import REQUESTS
@@ -422,8 +422,9 @@ async def test_trees_are_true_through_groups_that_fail_and_folds_at_any_time(kep
         else:
             await asyncio.sleep(0)
     store.full = False
+    await turn()
     while store.syncs:
-        store.land()
+        await bench.land()
     await kept.check()
 
 
@@ -432,11 +433,12 @@ async def test_a_fold_does_not_take_what_is_only_merged_for_what_is_stored(kept:
     assert isinstance(store, DiskStore)
     await until(lambda: kept.keeper.unknown == 0)
     kept.bench.write(record(b"a", b"1", NOW_MS))  # flies
+    await turn()
     kept.bench.write(record(b"a", b"2", NOW_MS + 1), record(b"b", b"1", NOW_MS))  # waits
     await kept.keeper.fold()
     assert sorted(kept.keeper.trees.pending) == [b"a", b"b"]
     store.full = True
-    store.land()  # the second group is refused
+    await kept.bench.land()  # the second group is refused
     await kept.keeper.fold()
     assert kept.keeper.pending == 0
     store.full = False

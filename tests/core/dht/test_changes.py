@@ -28,6 +28,7 @@ from agi.core.dht.protocol.view import GONE
 from agi.core.dht.topology import Topology
 from agi.core.dht.types import Consistency, MemberStatus
 
+pytestmark = pytest.mark.usefixtures("hurried")
 KEYS = [f"key:{number}" for number in range(120)]
 HASTY = {
     "dht.health.heartbeat_interval_ms": 50,
@@ -190,11 +191,12 @@ async def test_who_is_dead_for_long_is_evicted_unless_others_are_dead_too() -> N
         with capture_logs() as logs:
             await cluster.down(3)
             await cluster.down(4)
-            await asyncio.sleep(3)
+            await until(lambda: events(logs, "eviction_suspended"))
+            await asyncio.sleep(0.5)
             assert cluster.node(0).epoch == epoch
         said = events(logs, "eviction_suspended")
         assert {line["reason"] for line in said} == {"n3, n4 are away at the same time"}
-        assert len(said) <= 3  # once for each voter that lives, though each looks every half second
+        assert len(said) <= 3  # once for each voter that lives, though each looks many times a second
 
 
 async def test_evictions_go_on_when_only_one_is_left_that_is_away() -> None:
@@ -229,7 +231,7 @@ async def test_who_stopped_by_itself_and_stays_away_is_evicted_too(timeout_ms: i
         await cluster.node(4).stop()
         await cluster.down(4)
         if not timeout_ms:
-            await asyncio.sleep(1.5)
+            await asyncio.sleep(0.5)  # many looks
             assert cluster.node(0).epoch == 1
             return
         await until(lambda: "n4" not in cluster.node(0).known_topology.by_id)
@@ -247,7 +249,7 @@ async def test_why_nobody_is_evicted_is_said_once(monkeypatch: pytest.MonkeyPatc
             broken.setattr(Changes, "_propose", refuses)
             await cluster.down(4)
             await until(lambda: events(logs, "not_evicted"))
-            await asyncio.sleep(2.5)
+            await asyncio.sleep(0.5)
         said = events(logs, "not_evicted")
         assert len(said) <= 4 and said[0]["error"] == "too few replicas are reachable"  # once for each voter
     async with Cluster(3, settings=settings) as cluster:
@@ -352,7 +354,7 @@ async def test_a_member_that_comes_back_in_time_completes_the_change() -> None:
         await cluster.down(3)
         end()
         await away(cluster, 3)
-        await asyncio.sleep(1.0)  # nobody is evicted in a transition
+        await asyncio.sleep(0.6)  # nobody is evicted in a transition
         await cluster.up(3)
         await cluster.settled()
         assert cluster.node(0).epoch == 3
@@ -400,7 +402,7 @@ async def test_a_recovery_is_not_given_up_when_another_member_dies() -> None:
         await cluster.down(3)
         await away(cluster, 3)
         with capture_logs() as logs:
-            await asyncio.sleep(2.0)
+            await asyncio.sleep(1.5)
         assert cluster.node(0).known_topology.recovering
         assert not events(logs, "change_not_ended")  # nothing is tried that is bound to be refused
         end()
@@ -428,7 +430,7 @@ async def test_no_final_epoch_before_every_node_holds_its_part() -> None:
         end = cluster.rule(lambda src, dst, m: LOST if isinstance(m, ArcListReply) and dst == "n1" else None)
         await cluster.add(wait=False)
         await until(lambda: cluster.node(3).topology is not None and cluster.node(3).migration.ready)
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(0.5)  # many looks
         assert cluster.node(0).known_topology.in_transition
         end()
         await cluster.settled()

@@ -13,16 +13,11 @@ from test_changes import HASTY, KEYS, away, filled, placed
 from agi.core.dht.node import Node
 from agi.core.dht.protocol.messages import ArcListReply, Message, TreeFetchReply
 
+pytestmark = pytest.mark.usefixtures("hurried")
 LISTS = 2
 """Lists that the joiner gets before it gets no more; there are far more."""
 PATIENT = {**HASTY, "dht.migration.join_timeout_ms": 60_000, "dht.migration.eviction_timeout_ms": 300}
 """No change is given up here, and nobody is evicted amid one."""
-
-
-@pytest.fixture(autouse=True)
-def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who does not answer is not waited for as long as usual."""
-    monkeypatch.setattr("agi.core.dht.migration.REPLY_TIMEOUT_S", 0.3)
 
 
 async def half_filled(cluster: Cluster, hampered: Callable[[str], bool]) -> tuple[Node, Callable[[], None]]:

@@ -203,8 +203,8 @@ async def test_the_calls_of_one_turn_travel_in_few_frames() -> None:
 
 async def test_what_one_turn_asks_is_cut_to_frames_that_fit() -> None:
     pad = "k" * (KEY_BYTES_MAX - 8)
-    async with Cluster(1, factor=1) as cluster:
-        client = await cluster.client(timeout=20)
+    async with Cluster(1, factor=1, settings={"dht.requests.queue_ms": 20_000}) as cluster:
+        client = await cluster.client(timeout=20, queue_s=20)
         sizes: list[int] = []
         cluster.rule(lambda src, dst, m: sizes.append(len(m.keys)) if isinstance(m, Get | Put | Delete) else None)
         keys = [f"{i:08}{pad}" for i in range(17_000)]  # 17 MiB of keys alone

@@ -1259,6 +1259,7 @@ async def test_a_joiner_takes_so_many_bytes_a_second() -> None:
 
 
 @effect_of("migration.join_timeout_ms")
+@pytest.mark.usefixtures("hurried")
 async def test_a_change_is_given_up_when_a_joiner_is_dead_for_so_long() -> None:
     hasty = {
         "dht.health.heartbeat_interval_ms": 50,
@@ -1279,6 +1280,7 @@ async def test_a_change_is_given_up_when_a_joiner_is_dead_for_so_long() -> None:
 
 
 @effect_of("migration.eviction_timeout_ms")
+@pytest.mark.usefixtures("hurried")
 async def test_who_is_dead_for_so_long_is_evicted() -> None:
     hasty = {
         "dht.health.heartbeat_interval_ms": 50,
@@ -1300,6 +1302,7 @@ async def test_who_is_dead_for_so_long_is_evicted() -> None:
 
 
 @effect_of("cluster.replaces")
+@pytest.mark.usefixtures("hurried")
 async def test_a_joiner_takes_the_place_of_that_member() -> None:
     async with Cluster(4, per_node={4: {"dht.cluster.replaces": "n3"}}) as cluster:
         await cluster.down(3)

@@ -197,7 +197,9 @@ async def test_what_was_too_young_for_the_first_comparison_has_another_soon(monk
         assert lacking(cluster, 2, KEYS) == 0
 
 
-async def test_who_came_back_is_compared_soon_however_long_the_interval_is() -> None:
+async def test_who_came_back_is_compared_soon_however_long_the_interval_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(antientropy, "SOON_S", 0.5)
+    monkeypatch.setattr(antientropy, "AT_MOST_S", 1.0)
     settings = {**NO_HINTS, "dht.repair.interval_ms": 86_400_000, "dht.network.timeout_ms": 300}
     async with Cluster(3, settings=settings) as cluster:
         for _ in range(2):
@@ -366,6 +368,7 @@ class Shown:
                 await self.look()
 
 
+@pytest.mark.usefixtures("hurried")
 async def test_status_says_what_is_missing(
     capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

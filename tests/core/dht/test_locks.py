@@ -563,7 +563,8 @@ async def test_a_client_that_closes_gives_its_locks_up() -> None:
 # --- the line at the node
 
 
-async def test_watches_are_answered_in_order_one_for_each_release() -> None:
+async def test_watches_are_answered_in_order_one_for_each_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agi.core.dht.watches.PLACE_S", 1.0)
     async with Cluster(3) as cluster:
         client = await cluster.client()
         lock = await client.try_lock("l", ttl=30)

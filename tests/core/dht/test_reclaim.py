@@ -25,6 +25,7 @@ from agi.core.dht.protocol.versioning import from_ms
 from agi.core.dht.reclaim import CLOSE, RECLAIM, SEAL, Reclaimer
 from agi.core.dht.types import Consistency
 
+pytestmark = pytest.mark.usefixtures("hurried")
 SETTINGS = {"dht.reclaim.interval_ms": 0, "dht.reclaim.lag_ms": 0, "dht.hints.bytes_max_mb": 0}
 KEYS = [f"key:{number}" for number in range(40)]
 

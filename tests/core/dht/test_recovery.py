@@ -7,7 +7,7 @@ import contextlib
 
 import pytest
 from cluster import LOST, Cluster, until
-from test_changes import HASTY, KEYS, filled, placed
+from test_changes import HASTY, KEYS, blocked, filled, placed
 
 from agi.core.dht.client import DHTClient
 from agi.core.dht.errors import (
@@ -24,6 +24,8 @@ from agi.core.dht.joint import JointSet
 from agi.core.dht.protocol.messages import ArcListReply, EpochAccept, EpochReply, Message, TopologyDigest, TopologyNews
 from agi.core.dht.topology import GENERATION_EPOCHS
 from agi.core.dht.types import MemberStatus
+
+pytestmark = pytest.mark.usefixtures("hurried")
 
 
 async def noticed(cluster: Cluster, *dead: int) -> None:
@@ -51,13 +53,15 @@ def generations(cluster: Cluster) -> set[tuple[int, int]]:
     return {node.known_topology.order for node in cluster.living()}
 
 
-async def test_three_of_five_are_lost_and_the_cluster_goes_on_without_them() -> None:
+async def test_three_of_five_are_lost_and_the_cluster_goes_on_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     async with Cluster(5, settings=HASTY) as cluster:
         client = await maimed(cluster, 2, 3, 4)
         with pytest.raises(ChangeRefused, match="too few replicas are reachable"):
             await client.remove("n4")
-        with pytest.raises((Unavailable, OutcomeUnknown), match="epoch 2 could not be decided"):
-            await client.remove("n4", lose_data=True)
+        with monkeypatch.context() as impatient:
+            impatient.setattr("agi.core.dht.changes.PROPOSE_TIMEOUT_S", 1.0)
+            with pytest.raises((Unavailable, OutcomeUnknown), match="epoch 2 could not be decided"):
+                await client.remove("n4", lose_data=True)
         kept = [key for key in KEYS if any(i < 2 for i in cluster.holders(key))]
         gone = set(KEYS) - set(kept)
         plan = await client.plan("recover", lost=["n2", "n3", "n4"])
@@ -124,8 +128,10 @@ async def test_two_operators_at_two_nodes_get_one_outcome() -> None:
     async with Cluster(5, settings=HASTY) as cluster:
         await maimed(cluster, 2, 3, 4)
         lost = ["n2", "n3", "n4"]
+        end = cluster.rule(blocked)  # the recovery is not over before both know of it
         one, other = await asyncio.gather(*(cluster.node(i).epochs.recovery.propose(lost, 5.0) for i in range(2)))
         assert one.digest == other.digest
+        end()
         await cluster.settled()
         assert generations(cluster) == {(2, 2 + GENERATION_EPOCHS)} and not cluster.fatal
 

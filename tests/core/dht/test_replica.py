@@ -58,6 +58,12 @@ class ManualClock:
         return 0.0
 
 
+async def turn() -> None:
+    """What has come together departs."""
+    for _ in range(2):
+        await asyncio.sleep(0)
+
+
 class Bench:
     """A replica, and what it answered in order."""
 
@@ -69,6 +75,12 @@ class Bench:
         self.replica = Replica(store, self.hlc, self.clock, self.metrics, max_clock_skew_ms=SKEW_MS)
         self.fatal: list[DHTError] = []
         self.replica.on_store_failed = self.fatal.append
+
+    async def land(self, error: Exception | None = None) -> None:
+        assert isinstance(self.store, DiskStore)
+        await turn()
+        self.store.land(error)
+        await turn()
 
     def write(self, *records: tuple[bytes, bytes], mode: int = FRESH, want_live: bool = False) -> list[Any]:
         """The list that the answer will be put into."""
@@ -202,21 +214,23 @@ async def test_a_sweep_does_not_take_what_was_written_meanwhile(memory: Bench) -
 
 async def test_an_acknowledgement_leaves_after_its_sync(disk: Bench) -> None:
     first = disk.write(record(b"a", b"1", 1000))
+    await turn()
     second = disk.write(record(b"b", b"1", 1001))
     third = disk.write(record(b"b", b"2", 1002))
     assert first == second == third == [] and len(disk.store.syncs) == 1
-    disk.store.land()
+    await disk.land()
     assert first == [OK] and second == third == [] and len(disk.store.syncs) == 1
-    disk.store.land()
+    await disk.land()
     assert second == third == [OK] and disk.store.syncs == [] and not disk.replica.unsynced
     assert disk.metrics.group_commits.sum == 2  # groups of one key each: b was written once for both
 
 
 async def test_a_read_of_what_is_not_synced_waits_and_others_do_not(disk: Bench) -> None:
     disk.write(record(b"old", b"1", 999))
-    disk.store.land()
+    await disk.land()
     flying, opened = record(b"a", b"1", 1000), record(b"b", b"1", 1001)
     disk.write(flying)
+    await turn()
     disk.write(opened)
     assert disk.read(b"old", b"absent") == [([disk.store.read([b"old"])[0], None], None)]
     of_flying, of_open, of_both = disk.read(b"a"), disk.read(b"b"), disk.read(b"a", b"b")
@@ -224,9 +238,9 @@ async def test_a_read_of_what_is_not_synced_waits_and_others_do_not(disk: Bench)
     superseded = disk.write(record(b"b", b"0", 500))
     repeated = disk.write(flying)
     assert of_flying == of_open == of_both == scanned == superseded == repeated == []
-    disk.store.land()
+    await disk.land()
     assert of_open == of_both == superseded == []
-    disk.store.land()
+    await disk.land()
     assert of_flying == [([flying[1]], None)] and of_open == [([opened[1]], None)]
     assert of_both == [([flying[1], opened[1]], None)] and superseded == [([(0, 1001 << 16)], None, None)]
     assert repeated == [OK]
@@ -235,11 +249,13 @@ async def test_a_read_of_what_is_not_synced_waits_and_others_do_not(disk: Bench)
 
 async def test_a_failed_sync_fails_all_that_waited_and_stops_the_store(disk: Bench) -> None:
     disk.write(record(b"safe", b"1", 999))
-    disk.store.land()
+    await disk.land()
     flying = record(b"a", b"1", 1000)
-    waiting = [disk.write(flying), disk.write(record(b"b", b"1", 1001)), disk.write(record(b"a", b"0", 500))]
+    waiting = [disk.write(flying)]
+    await turn()
+    waiting += [disk.write(record(b"b", b"1", 1001)), disk.write(record(b"a", b"0", 500))]
     reads = [disk.read(b"a"), disk.read(b"b"), await disk.scan()]
-    disk.store.land(StorageError("the disk is gone"))
+    await disk.land(StorageError("the disk is gone"))
     for answer in waiting:
         assert len(answer) == 1 and isinstance(from_wire(*answer[0][2]), StorageError)
     for answer in reads:
@@ -256,15 +272,16 @@ async def test_a_failed_sync_fails_all_that_waited_and_stops_the_store(disk: Ben
 async def test_a_full_disk_refuses_writes_serves_reads_and_recovers(disk: Bench) -> None:
     before = record(b"a", b"1", 1000)
     disk.write(before)
-    disk.store.land()
+    await disk.land()
     disk.store.full = True
     answer = disk.write(record(b"a", b"2", 2000))
+    await turn()
     assert isinstance(from_wire(*answer[0][2]), StorageFull)
     assert disk.read(b"a") == [([before[1]], None)] and disk.fatal == []
     disk.store.full = False
     after = record(b"a", b"3", 3000)
     answer = disk.write(after)
-    disk.store.land()
+    await disk.land()
     assert answer == [OK] and disk.read(b"a") == [([after[1]], None)]
 
 
@@ -276,13 +293,12 @@ async def test_what_a_released_reply_causes_joins_the_next_group(disk: Bench) ->
         disk.replica.write(FRESH, [b"b"], [record(b"b", b"1", 2000)[1]], False, lambda *_: answers.append("second"))
 
     disk.replica.write(FRESH, [b"a"], [record(b"a", b"1", 1000)[1]], False, done)
+    await turn()
     third = disk.write(record(b"c", b"1", 1500))
-    disk.store.land()
+    await disk.land()
     assert answers == ["first"] and third == []
-    disk.store.land()
-    assert third == [OK] and answers == ["first"]
-    disk.store.land()
-    assert answers == ["first", "second"] and disk.store.syncs == []
+    await disk.land()
+    assert third == [OK] and answers == ["first", "second"] and disk.store.syncs == []
 
 
 # --- a store in another process
@@ -371,13 +387,14 @@ async def test_a_purge_takes_nothing_that_is_under_way_to_the_disk(disk: Bench) 
     key, dead = record(b"k", b"", 1000, flags=TOMBSTONE)
     waiting, other = record(b"w", b"", 1000, flags=TOMBSTONE)
     disk.write((key, dead))
+    await turn()
     disk.write((waiting, other))
     assert disk.store.read([key, waiting]) == [dead, None]
     assert await disk.replica.purge([key, waiting], [dead, other]) == 0  # the next write takes both to be there
-    disk.store.land()
-    disk.store.land()
+    await disk.land()
+    await disk.land()
     assert await disk.replica.purge([key, waiting], [dead, other]) == 2
     assert disk.store.read([key, waiting]) == [None, None] and (await disk.store.count()).records == 0
     disk.write(record(b"k", b"v", 2000))
-    disk.store.land()
+    await disk.land()
     assert (await disk.scan())[0][0].items == [record(b"k", b"v", 2000)]

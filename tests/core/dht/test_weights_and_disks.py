@@ -16,6 +16,8 @@ from agi.core.dht.ring import token_bytes
 from agi.core.dht.topology import Member, Topology
 from agi.core.dht.types import MemberStatus
 
+pytestmark = pytest.mark.usefixtures("hurried")
+
 # --- weights
 
 

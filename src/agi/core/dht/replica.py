@@ -19,10 +19,10 @@ from typing import Any, TypeAlias, cast
 import structlog
 
 from agi.core.dht.clock import Clock
-from agi.core.dht.errors import ClockSkew, DHTError, Overloaded, StorageError, StorageFull, from_wire
+from agi.core.dht.committer import Committer, Parked
+from agi.core.dht.errors import ClockSkew, DHTError, Overloaded, StorageError, from_wire
 from agi.core.dht.observability.logs import Throttle
 from agi.core.dht.observability.metrics import Metrics
-from agi.core.dht.protocol.commit import Commit, Effect, Fail, GroupCommit, Release
 from agi.core.dht.protocol.consensus import is_register, round_of, unvoted
 from agi.core.dht.protocol.floors import Floors
 from agi.core.dht.protocol.messages import FRESH, REPAIR, WireError
@@ -60,7 +60,6 @@ Superseded: TypeAlias = list[tuple[int, int]] | None
 ReadDone: TypeAlias = Callable[[list[bytes | None], WireError | None], None]
 WriteDone: TypeAlias = Callable[[Superseded, list[int] | None, WireError | None], None]
 ScanDone: TypeAlias = Callable[[Page, WireError | None], None]
-Parked: TypeAlias = Callable[[DHTError | None], None]
 HeldDone: TypeAlias = Callable[[list[bytes | None], Collection[bytes], WireError | None], None]
 Decide: TypeAlias = Callable[[list[bytes | None]], Batch]
 """Told what a store holds of some keys; returns what to store."""
@@ -85,9 +84,10 @@ class Replica:
         self._metrics = metrics
         self._skew_ms = max_clock_skew_ms
         # registers are synced whatever `wal_sync` says (I2), so that every store that can sync has groups
-        self._commit: GroupCommit[Parked] | None = GroupCommit() if store.local and store.can_sync else None
+        self._commit: Committer | None = None
+        if store.local and store.can_sync:
+            self._commit = Committer(store, clock, metrics, lambda error: self.on_store_failed(error))
         self._grouped = store.group_sync
-        self._sync_started = 0.0
         self._refusals = Throttle(1)
         self._queue: deque[tuple[int, list[bytes], list[bytes], bool, WriteDone, HeldDone | Decide | None]] = deque()
         self._queued = asyncio.Event()
@@ -296,9 +296,7 @@ class Replica:
                     self.store.write(Batch(merged, inserts))
                 done(superseded, live, None)
             elif merged:
-                effect = commit.submit(merged, inserts, _written(done, superseded, live))
-                if effect is not None:
-                    self._perform((effect,))
+                commit.commit(merged, inserts, _written(done, superseded, live))
             elif commit.idle:
                 done(superseded, live, None)
             else:  # what superseded it may be unsynced itself
@@ -445,9 +443,7 @@ class Replica:
             elif changes:
                 if batch.purges:  # before what is promised with it, so that it is as durable
                     self.store.write(Batch(purges=batch.purges))
-                effect = commit.submit(batch.records, batch.inserts, done, batch.promises)
-                if effect is not None:
-                    self._perform((effect,))
+                commit.commit(batch.records, batch.inserts, done, batch.promises)
             elif commit.idle:
                 done(None)
             else:
@@ -458,50 +454,7 @@ class Replica:
 
     def _tell_purge(self, keys: list[bytes], records: Sequence[bytes | None], purges: list[bytes]) -> None:
         if purges and self.on_change is not None:
-            held = dict(zip(keys, records, strict=True))
-            self.on_change(purges, [held[key] for key in purges], [])
-
-    # --- group commit
-
-    def _perform(self, effects: Iterable[Effect[Parked]]) -> None:
-        for effect in effects:
-            if isinstance(effect, Commit):
-                self._take_off(effect)
-            elif isinstance(effect, Release):
-                for reply in effect.replies:
-                    reply(None)
-            else:
-                assert isinstance(effect, Fail)
-                self._metrics.replica_errors += len(effect.replies)
-                for reply in effect.replies:
-                    reply(effect.error)
-
-    def _take_off(self, group: Commit) -> None:
-        assert self._commit is not None
-        self._metrics.group_commits.observe(len(group.records))
-        self._sync_started = self._clock.monotonic()
-        try:
-            self.store.write(Batch(group.records, group.inserts, promises=group.promises))
-        except StorageFull as error:
-            self._perform(self._commit.failed(error, fatal=False))
-        except DHTError as error:
-            self._failed(error)
-        else:
-            self.store.sync(self._synced)
-
-    def _synced(self, error: Exception | None) -> None:
-        assert self._commit is not None
-        if error is not None:
-            self._failed(error if isinstance(error, DHTError) else StorageError(f"a sync failed: {error}"))
-            return
-        self._metrics.sync_latency.observe(self._clock.monotonic() - self._sync_started)
-        self._perform(self._commit.synced())
-
-    def _failed(self, error: DHTError) -> None:
-        assert self._commit is not None
-        _log.critical("store_failed", error=str(error))
-        self._perform(self._commit.failed(error, fatal=True))
-        self.on_store_failed(error)
+            self.on_change(purges, list(map(dict(zip(keys, records, strict=True)).get, purges)), [])
 
     # --- expiry (V4, G3)
 

@@ -186,9 +186,10 @@ class TreeKeeper:
         trees = self.trees
         if not trees.to_build(1):
             return
+        unsettled = list(self._replica.unsettled())
         count = await self._replica.store.count()
         if count.exact and not count.records and trees.unknown == len(trees.trees):
-            trees.empty()
+            trees.empty([*unsettled, *self._replica.unsettled()])
             return
         density = max(1, count.records) / max(1, sum(tree.width for tree in trees.trees))
         while positions := trees.to_build(int(BUILD_KEYS / density)):

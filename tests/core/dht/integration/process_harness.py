@@ -30,6 +30,8 @@ from agi.core.dht.types import PROTOCOL_VERSION
 
 WAIT_S = 20.0
 """For whatever a test waits for; far above what it takes."""
+ONE_CLOCK = {"versions.max_clock_skew_ms": "200", "repair.interval_ms": "2000"}
+"""Nodes of one machine need not wait for clocks that differ: replicas are held to be equal sooner after a change."""
 ANY_PORTS = ("--set", "network.data_port=0", "--set", "network.http_port=0", "--set", "network.unix_socket=")
 
 
@@ -87,6 +89,11 @@ class NodeProcess:
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "agi.core.dht.server", *map(str, arguments)]
+
+
+def options(settings: Mapping[str, str]) -> list[str]:
+    """Settings on the command line."""
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
 
 def environment(**more: str) -> dict[str, str]:

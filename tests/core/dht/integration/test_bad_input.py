@@ -62,9 +62,11 @@ async def test_ports_derived_from_one_nodes_that_another_has(tmp_path: Path) -> 
         own += ["--set", f"network.http_port={http_port}"]
         async with node(tmp_path, "--port", port, *own) as running:
             for taken in (port, data_port, http_port):  # as where two nodes' ports are 1000 or 2000 apart
-                for option in ("network.port", "network.data_port", "network.http_port"):
-                    arguments = ["--port", 0, "--storage", "memory", *ANY_PORTS, "--set", f"{option}={taken}"]
-                    ended = await refused(tmp_path, *arguments)
+                arguments = ["--port", 0, "--storage", "memory", *ANY_PORTS, "--set"]
+                options = ("network.port", "network.data_port", "network.http_port")
+                for ended in await asyncio.gather(
+                    *(refused(tmp_path, *arguments, f"{option}={taken}") for option in options)
+                ):
                     assert ended.code == ConnectFailed.exit_code
                     assert f"127.0.0.1:{taken}" in ended.error
             await serves(running)

@@ -7,7 +7,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from process_harness import environment, node, until
+from process_harness import ONE_CLOCK, environment, node, options, until
 
 from agi.core.dht.client import DHTClient
 from agi.core.dht.errors import DHTError
@@ -33,7 +33,7 @@ async def cli(*arguments: str) -> tuple[int, str]:
 
 
 async def test_a_process_joins_under_load_and_leaves_again(tmp_path: Path) -> None:
-    async with LocalCluster(3, tmp_path) as cluster, DHTClient(timeout=10) as client:
+    async with LocalCluster(3, tmp_path, settings=ONE_CLOCK) as cluster, DHTClient(timeout=10) as client:
         await client.connect(cluster.addresses)
         await client.put_many(VALUES, consistency=Consistency.ALL)
         failures: list[DHTError] = []
@@ -54,7 +54,7 @@ async def test_a_process_joins_under_load_and_leaves_again(tmp_path: Path) -> No
 
         workers = [asyncio.create_task(load(number)) for number in range(8)]
         connect = ",".join(cluster.addresses)
-        arguments = ("--peers", connect, "--node-id", "n3")
+        arguments = ("--peers", connect, "--node-id", "n3", *options(ONE_CLOCK))
         async with node(tmp_path, *arguments, name="n3", storage="rocksdb") as joiner:
             assert await cli("wait-healthy", "--connect", joiner.address, "--wait", "30") == (
                 0,
@@ -97,6 +97,7 @@ async def member_of(client: DHTClient, name: str) -> set[str]:
 async def test_a_joiner_whose_change_another_node_spoils_asks_again_and_joins(tmp_path: Path) -> None:
     """Nobody does anything: n3 dies amid the join, is evicted, and the process that joins begins anew."""
     settings = {
+        **ONE_CLOCK,
         "health.heartbeat_interval_ms": "200",
         "health.probe_timeout_ms": "100",
         "health.suspicion_mult": "2",
@@ -107,7 +108,7 @@ async def test_a_joiner_whose_change_another_node_spoils_asks_again_and_joins(tm
     async with LocalCluster(5, tmp_path, settings=settings) as cluster, DHTClient(timeout=10) as client:
         await client.connect(cluster.addresses[:3])
         await client.put_many(VALUES, consistency=Consistency.ALL)
-        slow = ("--set", "migration.bytes_per_s=20000", "--set", "observability.log_format=json")
+        slow = (*options(ONE_CLOCK), "--set", "migration.bytes_per_s=40000", "--set", "observability.log_format=json")
         joining = ("--peers", ",".join(cluster.addresses), "--node-id", "n5", *slow)
         async with node(tmp_path, *joining, name="n5", storage="rocksdb") as joiner:
             await until(lambda: joiner.events("topology_adopted"), "the transition")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from process_harness import ANY_PORTS, asking, node, refused, until
+from process_harness import ANY_PORTS, ONE_CLOCK, asking, node, options, refused, until
 from test_changes_processes import cli
 from test_recovery_processes import QUICK
 
@@ -32,7 +32,7 @@ async def topology(connect: str) -> dict[str, Any]:
 
 
 async def test_a_node_is_weighed_and_leaves_when_it_is_told_to_stop(tmp_path: Path) -> None:
-    async with LocalCluster(3, tmp_path) as cluster, DHTClient(timeout=10) as client:
+    async with LocalCluster(3, tmp_path, settings=ONE_CLOCK) as cluster, DHTClient(timeout=10) as client:
         await client.connect(cluster.addresses)
         await client.put_many({key: key.encode() for key in KEYS}, consistency=Consistency.ALL)
         connect = ",".join(cluster.addresses)
@@ -52,7 +52,7 @@ async def test_a_node_is_weighed_and_leaves_when_it_is_told_to_stop(tmp_path: Pa
                     failures.append(error)
 
         workers = [asyncio.create_task(load(number)) for number in range(4)]
-        arguments = ("--peers", connect, "--node-id", "n3", "--leave", *JSON_LOG)
+        arguments = ("--peers", connect, "--node-id", "n3", "--leave", *JSON_LOG, *options(ONE_CLOCK))
         async with node(tmp_path, *arguments, name="n3", storage="rocksdb") as joiner:
             assert (await cli("wait-healthy", "--connect", joiner.address))[0] == 0
             code, said = await cli("weight", "n3", "0.5", "--dry-run", "--json", "--connect", connect)
@@ -89,9 +89,9 @@ async def test_a_node_that_cannot_leave_says_so_and_stops(tmp_path: Path) -> Non
 
 
 async def test_a_leave_that_does_not_come_to_its_end_is_bounded(tmp_path: Path) -> None:
-    async with LocalCluster(3, tmp_path) as cluster:
+    async with LocalCluster(3, tmp_path, settings=ONE_CLOCK) as cluster:
         connect = ",".join(cluster.addresses)
-        slow = ("--leave", "--leave-timeout", "1.5", "--set", "migration.bytes_per_s=1024")
+        slow = ("--leave", "--leave-timeout", "1.5", "--set", "migration.bytes_per_s=1024", *options(ONE_CLOCK))
         async with node(tmp_path, "--peers", connect, "--node-id", "n3", *slow, *JSON_LOG, name="n3") as joiner:
             assert (await cli("wait-healthy", "--connect", joiner.address))[0] == 0
             for i in range(2):
@@ -110,7 +110,7 @@ async def test_a_dead_node_is_replaced_and_then_a_wiped_one_by_itself(tmp_path: 
         connect = ",".join(cluster.addresses[:2])
         code, said = await cli("replace", "n2", "--connect", connect)
         assert code == 17 and "n2, which is not held to be dead" in said
-        arguments = ["--peers", connect, "--replace", "n2", *JSON_LOG]
+        arguments = ["--peers", connect, "--replace", "n2", *JSON_LOG, *options(QUICK)]
         async with node(tmp_path, *arguments, "--node-id", "n3", name="n3", storage="rocksdb") as joiner:
             async with asking(joiner.data_address) as asker:
                 await asker.until_status(lambda s: "n3 is to replace n2, which is not held" in s["waiting_for"])
@@ -142,7 +142,7 @@ async def test_a_dead_node_is_replaced_and_then_a_wiped_one_by_itself(tmp_path: 
         assert plan["command"][:6] == ["agi-dht", "serve", "--replace", "n3", "--peers", connect]
         assert plan["moves"]["(new node)"]["share"] == 1.0
         waits = asyncio.create_task(cli("replace", "n3", "--wait", "60", "--connect", connect))
-        arguments = ["--peers", connect, "--replace", "n3", "--node-id", "n3"]
+        arguments = ["--peers", connect, "--replace", "n3", "--node-id", "n3", *options(QUICK)]
         async with node(tmp_path, *arguments, name="n3", storage="rocksdb") as anew:
             code, said = await waits
             assert code == 0 and "done: n3 joins in its own place, with a new disk" in said, said

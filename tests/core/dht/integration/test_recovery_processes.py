@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from process_harness import node, until
+from process_harness import ONE_CLOCK, node, options, until
 from test_changes_processes import cli
 
 from agi.core.dht.client import DHTClient
@@ -14,6 +14,7 @@ from agi.core.dht.types import Consistency
 
 KEYS = [f"k{i}" for i in range(300)]
 QUICK = {
+    **ONE_CLOCK,
     "health.heartbeat_interval_ms": "200",
     "health.probe_timeout_ms": "100",
     "health.suspicion_mult": "2",
@@ -81,7 +82,8 @@ async def test_three_of_five_are_lost_for_ever(tmp_path: Path) -> None:
         assert "recovered without n2, n3, n4" in cluster.log(2).read_text()
         assert (tmp_path / "n2.removed-1").is_dir() and not (tmp_path / "n2").exists()
         # started again it is a new node, and joins
-        async with node(tmp_path, "--peers", connect, "--node-id", "n2", name="n2", storage="rocksdb") as joiner:
+        arguments = ["--peers", connect, "--node-id", "n2", *options(QUICK)]
+        async with node(tmp_path, *arguments, name="n2", storage="rocksdb") as joiner:
             code, said = await cli("wait-healthy", "--connect", joiner.address, "--wait", "30")
             assert code == 0, said
             async with DHTClient(timeout=10) as client:

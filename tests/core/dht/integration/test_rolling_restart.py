@@ -6,6 +6,8 @@ import asyncio
 import itertools
 from pathlib import Path
 
+from process_harness import ONE_CLOCK
+
 from agi.core.dht.client import DHTClient
 from agi.core.dht.errors import DHTError
 from agi.core.dht.local import LocalCluster
@@ -13,7 +15,7 @@ from agi.core.dht.types import Consistency
 
 
 async def test_a_rolling_restart_fails_no_call_and_leaves_no_hint(tmp_path: Path) -> None:
-    async with LocalCluster(3, tmp_path) as cluster, DHTClient() as client:
+    async with LocalCluster(3, tmp_path, settings=ONE_CLOCK) as cluster, DHTClient() as client:
         await client.connect(cluster.addresses)
         failures: list[str] = []
         written: dict[str, bytes] = {}

@@ -623,11 +623,15 @@ def _released_by_a_stale_holder() -> AbstractContextManager[object]:
 MUTANTS = (
     Mutant("w-is-one", "a write is acknowledged by W replicas", _w_is_one, Profile.NETWORK),
     Mutant("ack-before-persist", "D1: persist before send", _acknowledge_before_persist, Profile.POWER, seed=34),
-    Mutant("read-before-sync", "D2: a read of an unsynced record waits", _read_before_sync, Profile.POWER, seed=34),
-    Mutant("no-read-repair", "a stale reply is repaired before the read returns", _no_read_repair, Profile.CHAOS),
+    Mutant("read-before-sync", "D2: a read of an unsynced record waits", _read_before_sync, Profile.POWER, seed=44),
+    Mutant(
+        "no-read-repair", "a stale reply is repaired before the read returns", _no_read_repair, Profile.CHAOS, seed=60
+    ),
     Mutant("superseded-counts", "V2: superseded is no acknowledgement", _superseded_counts, Profile.CLOCKS),
-    Mutant("version-reused", "V1: the boot counter is part of a version", _version_reused, Profile.CLOCKS, seed=19),
-    Mutant("no-deduplication", "a write that arrives twice takes effect once", _no_deduplication, Profile.NETWORK),
+    Mutant("version-reused", "V1: the boot counter is part of a version", _version_reused, Profile.CLOCKS, seed=22),
+    Mutant(
+        "no-deduplication", "a write that arrives twice takes effect once", _no_deduplication, Profile.NETWORK, seed=17
+    ),
     Mutant(
         "unknown-as-failed", "D3: Unavailable only if nothing was stored", _unknown_as_failed, Profile.CHAOS, seed=6
     ),
@@ -640,6 +644,7 @@ MUTANTS = (
         "an accepted value is proposed again",
         _found_value_ignored,
         Profile.CHAOS,
+        seed=7,
         check="one epoch",
     ),
     Mutant("dead-is-revived", "an old claim does not revive the dead", _dead_incarnation_revived, Profile.NETWORK),
@@ -656,11 +661,11 @@ MUTANTS = (
     Mutant("differences-unseen", "replicas become equal without reads", _differences_unseen, Profile.NETWORK),
     Mutant("formed-by-majority", "T11: all of the listed nodes decide epoch 1", _formed_by_majority, None, seed=46),
     Mutant("epoch-unchecked", "T3: messages of another epoch are refused", _epoch_unchecked, Profile.CHURN, Turn.STRAY),
-    Mutant("one-write-quorum", "T5: both sets take a write", _one_write_quorum, Profile.CHURN, Turn.MOVE, seed=7),
-    Mutant("reads-of-old-set", "T5: both sets are read", _reads_of_the_old_set_only, Profile.CHURN, Turn.LAG, seed=97),
+    Mutant("one-write-quorum", "T5: both sets take a write", _one_write_quorum, Profile.CHURN, Turn.MOVE, seed=9),
+    Mutant("reads-of-old-set", "T5: both sets are read", _reads_of_the_old_set_only, Profile.CHURN, Turn.LAG, seed=63),
     Mutant("copied-from-one", "T6: an arc is merged from a majority", _copied_from_one, Profile.CHURN, Turn.MOVE),
     Mutant(
-        "newcomers-only", "T6: who stays is filled too", _only_newcomers_are_filled, Profile.CHURN, Turn.SHRINK, seed=44
+        "newcomers-only", "T6: who stays is filled too", _only_newcomers_are_filled, Profile.CHURN, Turn.SHRINK, seed=45
     ),
     Mutant(
         "primary-ranges-only", "T6: every arc of a member is filled", _primary_ranges_only, Profile.CHURN, Turn.MOVE
@@ -681,7 +686,9 @@ MUTANTS = (
     ),
     Mutant("unequal-after-change", "replicas become equal", _differences_unseen, Profile.CHURN, Turn.MOVE),
     Mutant("given-up-kept", "data of arcs that were given up goes", _nothing_dropped, Profile.CHURN, Turn.MOVE),
-    Mutant("wiped-disk", "I1: a name with another disk is another", _wiped_disk_accepted, Profile.CHURN, Turn.LOSE),
+    Mutant(
+        "wiped-disk", "I1: a name with another disk is another", _wiped_disk_accepted, Profile.CHURN, Turn.LOSE, seed=6
+    ),
     Mutant("round-of-one", "R: a quorum promises and accepts", _round_with_one_vote, Profile.CONSENSUS),
     Mutant(
         "hasty-acceptance",
@@ -704,7 +711,7 @@ MUTANTS = (
         _registers_left_behind,
         Profile.CHURN,
         Turn.MOVE,
-        seed=29,
+        seed=85,
     ),
     Mutant("register-by-version", "R2: registers compare by ballot", _registers_by_version, Profile.CONSENSUS),
     Mutant(

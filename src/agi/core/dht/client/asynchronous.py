@@ -584,7 +584,7 @@ class DHTClient(MembershipCalls, LockCalls):
 
     def _flush(self, release: bool = False) -> None:
         """Sends what was collected. A small batch waits for one under way, so that few callers share frames as many
-        do, but for HOLD_S at most."""
+        do, but for HOLD_S at most; operations under consensus go to a node for each key, and do not."""
         self._flushing = False
         session = self._session
         assert session is not None
@@ -603,12 +603,8 @@ class DHTClient(MembershipCalls, LockCalls):
                 self._submit(puts)
         if others:
             self._others = {}
-            for name, batch in others.items():
-                small = batch.kind >= Kind.UPDATE and len(batch.keys) < HOLD_KEYS
-                if small and session.writing and not release:
-                    self._others[name] = batch
-                    self._hold()
-                elif batch.keys:
+            for batch in others.values():
+                if batch.keys:
                     self._submit(batch)
 
     def _hold(self) -> None:
@@ -618,12 +614,12 @@ class DHTClient(MembershipCalls, LockCalls):
 
     def _release(self) -> None:
         self._held = None
-        if self._gets is not None or self._puts is not None or self._others:
+        if self._gets is not None or self._puts is not None:
             self._flush(release=True)
 
     def _settled(self) -> None:
         """A batch has ended: what waited for it may go, with what its callers ask next."""
-        if (self._gets is not None or self._puts is not None or self._others) and not self._flushing:
+        if (self._gets is not None or self._puts is not None) and not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
 

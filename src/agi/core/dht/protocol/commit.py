@@ -4,12 +4,20 @@ The law (PROTOCOLS D1, D2): a reply that tells of a write leaves after the sync 
 for acknowledgements and for reads that saw the write. After a failed sync nothing is ever acknowledged again.
 
 Two groups exist at any time: `flying`, whose sync is under way, and `open`, which collects the next. A write joins the
-open group; if nothing flies, the group takes off. The driver performs the effects in the order given and reports the
-end of each sync with `synced` or `failed`.
+open group. If nothing flies, the driver is told to have the group `depart` at the end of the turn, with all that has
+come together by then. It performs the effects in the order given and reports the end of each sync with `synced` or
+`failed`, and the turn after it with `depart` again.
 
-    submit(w1) -> Commit(g1)      g1 flies with w1
-    submit(w2) -> -               w2 waits in the open group
-    synced()   -> Release(w1's reply), Commit(g2)
+    submit(w1) -> True            nothing flies
+    submit(w2) -> False           somebody was told already
+    depart()   -> Commit(g1)      g1 flies with w1 and w2
+    submit(w3) -> False           w3 waits in the open group
+    synced()   -> Release(replies to w1 and w2)
+    depart()   -> Commit(g2)
+
+Where syncs are slow, those who have heard of one are likely to write again just after the next has begun, and would
+wait for two: so a group that is smaller than the last ones waits a moment for as many as they had (`Pause`;
+PostgreSQL's commit_delay and commit_siblings serve the same end).
 """
 
 from __future__ import annotations
@@ -52,10 +60,17 @@ class Fail(Generic[T]):
     error: DHTError
 
 
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Wait a moment for more, then `depart` with this number."""
+
+    group: int
+
+
 _NO_PROMISES: dict[bytes, bytes] = {}
 """What every group begins with: writes without promises, which are nearly all, pay for no dict."""
 
-Effect = Commit | Release[T] | Fail[T]
+Effect = Commit | Release[T] | Fail[T] | Pause
 
 
 class _Group(Generic[T]):
@@ -72,7 +87,7 @@ class _Group(Generic[T]):
 class GroupCommit(Generic[T]):
     """The state machine. `T` is whatever the driver needs to send a reply later."""
 
-    __slots__ = ("_flying", "_open", "error", "groups", "writes")
+    __slots__ = ("_expected", "_flying", "_last", "_open", "_pausing", "error", "groups", "writes")
 
     def __init__(self) -> None:
         self._open: _Group[T] = _Group()
@@ -80,6 +95,8 @@ class GroupCommit(Generic[T]):
         self.error: DHTError | None = None
         self.groups = 0
         self.writes = 0
+        self._last = self._expected = 0
+        self._pausing = -1
 
     @property
     def idle(self) -> bool:
@@ -104,9 +121,10 @@ class GroupCommit(Generic[T]):
         inserts: Sequence[bytes],
         reply: T,
         promises: dict[bytes, bytes] | None = None,
-    ) -> Commit | None:
+    ) -> bool:
         """Takes merged records (each newer than what was seen), and promises (b"" removes one), of which the last of a
-        key counts; `reply` leaves after their sync. Raises Overloaded or the store's error, with nothing taken."""
+        key counts; `reply` leaves after their sync. True if the group has to `depart`. Raises Overloaded or the
+        store's error, with nothing taken."""
         if self.error is not None:
             raise self.error
         group = self._open
@@ -128,7 +146,18 @@ class GroupCommit(Generic[T]):
         group.bytes += size
         group.replies.append(reply)
         self.writes += len(records)
-        return self._take_off() if self._flying is None else None
+        return self._flying is None and len(group.replies) in (1, self._expected)
+
+    def depart(self, paused: int | None = None) -> Commit | Pause | None:
+        """The turn is over, or a pause for that group: what is open takes off, or waits for more."""
+        if self._flying is not None or not self._open.replies or paused not in (None, self.groups):
+            return None
+        if paused is not None or len(self._open.replies) >= self._expected:
+            return self._take_off()
+        if self._pausing == self.groups:
+            return None
+        self._pausing = self.groups
+        return Pause(self.groups)
 
     def park(self, reply: T) -> None:
         """Holds a reply that tells of unsynced records or promises until all that are unsynced now are synced."""
@@ -139,16 +168,16 @@ class GroupCommit(Generic[T]):
         else:
             self._open.replies.append(reply)
 
-    def synced(self) -> list[Effect[T]]:
-        """The flying group is durable."""
+    def synced(self, *, patient: bool = False) -> Release[T]:
+        """The flying group is durable. `patient`: syncs take so long that the next group may wait for its like."""
         landed, self._flying = self._flying, None
         assert landed is not None
-        effects: list[Effect[T]] = [Release(landed.replies)]
-        if self._open.replies:  # whoever submitted to it waits: with records, with promises, even with neither
-            effects.append(self._take_off())
-        return effects
+        count = len(landed.replies)
+        self._expected = max(count, self._last) if patient else 0
+        self._last = count
+        return Release(landed.replies)
 
-    def failed(self, error: DHTError, *, fatal: bool) -> list[Effect[T]]:
+    def failed(self, error: DHTError, *, fatal: bool) -> Fail[T]:
         """The flying group was not stored. All parked replies fail: the open group was merged against the flying one.
         A failed sync is fatal: what the disk holds is unknown, so the store is never written again. A write that the
         store refused before storing anything (no space) is not: later ones may succeed."""
@@ -156,7 +185,7 @@ class GroupCommit(Generic[T]):
             self.error = error
         replies = (self._flying.replies if self._flying is not None else []) + self._open.replies
         self._flying, self._open = None, _Group()
-        return [Fail(replies, error)]
+        return Fail(replies, error)
 
     def _take_off(self) -> Commit:
         self._flying, self._open = self._open, _Group()

@@ -335,8 +335,10 @@ class HashTrees:
         """This tree is not to be trusted: build it anew."""
         self.trees[position].known = False
 
-    def empty(self) -> None:
-        """The store holds nothing but what is pending: every tree is known."""
+    def empty(self, unsettled: Iterable[bytes]) -> None:
+        """The store holds nothing: every tree is known, and what is pending, `unsettled` too (as for `fold`), counts
+        nothing yet."""
+        self.pending = dict.fromkeys([*self.pending, *unsettled], 0)
         for tree in self.trees:
             tree.building = None
             tree.known = True

@@ -15,6 +15,7 @@ through the async methods alone.
 from __future__ import annotations
 
 import abc
+import asyncio
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -211,6 +212,10 @@ class StorageBackend(abc.ABC):
         StorageFull nothing of it is stored, what was written before is whole and can still be synced, and later writes
         work again once there is space. Any other error but StorageClosed is final."""
         raise NotImplementedError(f"{self.name} is not a local store")
+
+    def pause(self, seconds: float, done: SyncDone) -> None:
+        """Calls `done` in the event loop after so long, or, once `sync` was called since, at any time."""
+        asyncio.get_running_loop().call_later(seconds, done, None)
 
     def sync(self, done: SyncDone) -> None:
         """Brings all that was written to the disk, in a thread, whatever `wal_sync` says; calls `done(error)` in the

@@ -319,6 +319,11 @@ class RocksStore(StorageBackend):
 
     # --- durability
 
+    def pause(self, seconds: float, done: SyncDone) -> None:
+        if self._thread is None:
+            raise StorageClosed("the store is not open")
+        self._thread.pause(seconds, done)
+
     def sync(self, done: SyncDone) -> None:
         self._submit_sync(done)
 

@@ -25,7 +25,7 @@ class SyncThread:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.get_running_loop()
-        self._queue: queue.SimpleQueue[tuple[Work, Done] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Work | float, Done] | None] = queue.SimpleQueue()
         self._pending = 0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -41,6 +41,14 @@ class SyncThread:
             raise Overloaded(f"{QUEUE_ITEMS_MAX} pieces of storage work are waiting already")
         self._pending += 1
         self._queue.put((work, done))
+
+    def pause(self, seconds: float, done: Done) -> None:
+        """Runs `done(None)` in the loop after so long, or as soon as there is other work. An event loop's own timers
+        are of whole milliseconds. Raises Overloaded."""
+        if self._pending >= QUEUE_ITEMS_MAX:
+            raise Overloaded(f"{QUEUE_ITEMS_MAX} pieces of storage work are waiting already")
+        self._pending += 1
+        self._queue.put((seconds, done))
 
     async def run(self, work: Work, timeout_s: float, what: str) -> None:
         """Runs `work` and waits for it. Raises what it raises, and StorageError at the deadline."""
@@ -70,11 +78,17 @@ class SyncThread:
         done(error)
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
+        following: list[tuple[Work | float, Done] | None] = []
+        while (item := following.pop() if following else self._queue.get()) is not None:
             work, done = item
             error: Exception | None = None
             try:
-                work()
+                if callable(work):
+                    work()
+                else:
+                    following.append(self._queue.get(timeout=work))
+            except queue.Empty:
+                following.clear()
             except Exception as failure:  # noqa: BLE001 - whatever it was, it is the caller's
                 error = failure
             try:

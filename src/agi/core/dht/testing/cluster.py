@@ -45,13 +45,13 @@ from agi.core.dht.protocol.record import EXPIRES, FLAGS, HEADER, SHRUNK
 from agi.core.dht.protocol.versioning import from_ms
 from agi.core.dht.protocol.view import GONE
 from agi.core.dht.reclaim import Reclaimer
-from agi.core.dht.ring import Ring
+from agi.core.dht.ring import Ring, token_bytes
 from agi.core.dht.testing.checks import Finding
 from agi.core.dht.testing.disk import SimDisk
 from agi.core.dht.testing.host import Host
 from agi.core.dht.testing.network import SimNetwork, SimTransport
 from agi.core.dht.testing.operators import Operators
-from agi.core.dht.testing.reclaiming import leftover, not_retired, unlevelled
+from agi.core.dht.testing.reclaiming import early, leftover, not_retired, unlevelled
 from agi.core.dht.testing.scenario import Churn, Scenario, address_of
 from agi.core.dht.testing.simulation import Simulation
 from agi.core.dht.testing.votes import Votes
@@ -154,7 +154,15 @@ class SimCluster:
                     self._find("leftover", f"{name} gains {key} in epoch {topology.epoch} and holds old data of it")
                 before = topology
 
+        token_of = token_bytes(self._hash_algorithm)
+
+        def purged(key: bytes, record: bytes) -> None:
+            text = early(name, disk, int.from_bytes(token_of(key), "big"), key, record)
+            if text:
+                self._find("reclaim", text)
+
         disk.on_meta = stored
+        disk.on_purge = purged
 
     @property
     def _hash_algorithm(self) -> str:

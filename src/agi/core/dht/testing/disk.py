@@ -138,6 +138,7 @@ class SimDisk:
         writes, syncs: how many were done.
         crashes_that_lost_data: crashes after which at least one written entry was gone.
         on_meta: called with (name, value) of a named value of the node that has become durable.
+        on_purge: called with (key, record) of a record that is about to be removed altogether.
     """
 
     def __init__(self, name: str, rng: random.Random, trace: Trace, hash_algorithm: str = "md5") -> None:
@@ -147,6 +148,7 @@ class SimDisk:
         self.syncs = 0
         self.crashes_that_lost_data = 0
         self.on_meta: Callable[[str, bytes], None] | None = None
+        self.on_purge: Callable[[bytes, bytes], None] | None = None
         self._rng = rng
         self._trace = trace
         self._token = token_bytes(hash_algorithm)
@@ -313,6 +315,10 @@ class SimStore(StorageBackend):
         new = [key for key in batch.records if key not in image.records]
         if sorted(new) != sorted(batch.inserts):
             raise AssertionError(f"a batch names {batch.inserts} as new keys; new are {new}")
+        if self._disk.on_purge is not None:
+            for key in batch.purges:
+                if key in image.records:
+                    self._disk.on_purge(key, image.records[key])
         copy = Batch(dict(batch.records), list(batch.inserts), list(batch.purges), dict(batch.promises))
         self._disk.append(copy)
         image.apply(copy)

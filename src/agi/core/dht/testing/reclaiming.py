@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from agi.core.dht.joint import JointRing, JointSet
 from agi.core.dht.protocol.consensus import is_register
 from agi.core.dht.protocol.floors import is_dead
+from agi.core.dht.protocol.floors import unpack as unpack_floors
 from agi.core.dht.protocol.messages import ReclaimStep
 from agi.core.dht.protocol.record import height_of, hlc_of
 from agi.core.dht.reclaim import FREE, RECLAIM
 from agi.core.dht.ring import Ring
 from agi.core.dht.testing.disk import SimDisk
-from agi.core.dht.topology import Topology
+from agi.core.dht.topology import Topology, unpack
 
 
 def unlevelled(
@@ -59,6 +60,20 @@ def not_retired(step: ReclaimStep, ring: Ring, disks: Mapping[str, SimDisk]) -> 
             if is_register(record) and height_of(hlc_of(record)) <= step.version:
                 wrong.append(f"{key.decode()} is set free up to {step.version} while {name} holds a register of it")
     return wrong
+
+
+def early(name: str, disk: SimDisk, token: int, key: bytes, record: bytes) -> str:
+    """What speaks against a node's removing a record of an arc that it holds: rounds have not come so far, by what it
+    has stored. Nothing is said of arcs without a round: a node that gains one drops what it has of it, and may have held
+    it in the last epoch that it heard of."""
+    packed, floors = disk.durable_meta("topology"), disk.durable_meta("floors")
+    ring = None if packed is None else unpack(packed).ring()
+    if not isinstance(ring, Ring) or name not in ring.replicas(key):
+        return ""
+    reclaimed = unpack_floors(floors or b"").at(token).reclaimed
+    if not reclaimed or height_of(hlc_of(record)) <= reclaimed:
+        return ""
+    return f"{name} takes {key.decode()} at {hlc_of(record)} away, having reclaimed up to {reclaimed}"
 
 
 def leftover(name: str, before: Topology | None, after: Topology, disk: SimDisk, keys: Sequence[str]) -> list[str]:

@@ -214,12 +214,17 @@ async def _run(given: argparse.Namespace) -> int:
     def left_alone() -> None:
         loop.remove_reader(sys.stdin.fileno())
         stop.set()
+        connecting.cancel()  # once it is connected that is nothing
 
-    loop.add_reader(sys.stdin.fileno(), left_alone)
     recorder = Recorder(given.history, given.name)
     client = DHTClient(unix=False)
+    connecting = asyncio.ensure_future(client.connect(given.nodes.split(","), timeout=CONNECT_TIMEOUT_S))
+    loop.add_reader(sys.stdin.fileno(), left_alone)
     try:
-        await client.connect(given.nodes.split(","), timeout=CONNECT_TIMEOUT_S)
+        await asyncio.wait([connecting])
+        if connecting.cancelled():
+            return 0
+        connecting.result()
         rng = random.Random(f"{given.seed}:{given.name}")
         await Holder(given.name, client, recorder, given.locks.split(","), given.lease, rng).run(stop)
     finally:
