@@ -64,8 +64,8 @@ def not_retired(step: ReclaimStep, ring: Ring, disks: Mapping[str, SimDisk]) -> 
 
 def early(name: str, disk: SimDisk, token: int, key: bytes, record: bytes) -> str:
     """What speaks against a node's removing a record of an arc that it holds: rounds have not come so far, by what it
-    has stored. Nothing is said of arcs without a round: a node that gains one drops what it has of it, and may have held
-    it in the last epoch that it heard of."""
+    has stored. Nothing is said of arcs without a round: a node that gains one drops what it has of it, and may have
+    held it in the last epoch that it heard of."""
     packed, floors = disk.durable_meta("topology"), disk.durable_meta("floors")
     ring = None if packed is None else unpack(packed).ring()
     if not isinstance(ring, Ring) or name not in ring.replicas(key):
