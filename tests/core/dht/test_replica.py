@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from cluster import Cluster, until
 
-from agi.core.dht.errors import ClockSkew, DHTError, StorageError, StorageFull, from_wire
+from agi.core.dht.errors import ClockSkew, DHTError, StorageClosed, StorageError, StorageFull, from_wire
 from agi.core.dht.observability.metrics import Metrics
 from agi.core.dht.protocol.messages import FRESH, REPAIR, ReplicaRead, ReplicaWrite
 from agi.core.dht.protocol.record import FLAGS, HEADER, SHRUNK, TOMBSTONE, hlc_of, pack
@@ -299,6 +299,13 @@ async def test_what_a_released_reply_causes_joins_the_next_group(disk: Bench) ->
     assert answers == ["first"] and third == []
     await disk.land()
     assert third == [OK] and answers == ["first", "second"] and disk.store.syncs == []
+
+
+async def test_what_has_not_departed_when_the_store_closes_fails_and_nobody_calls_it_broken(disk: Bench) -> None:
+    answer = disk.write(record(b"a", b"1", 1000))
+    await disk.store.close()
+    await turn()
+    assert isinstance(from_wire(*answer[0][2]), StorageClosed) and disk.fatal == []
 
 
 # --- a store in another process

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import structlog
 
 from agi.core.dht.clock import Clock
-from agi.core.dht.errors import DHTError, StorageError, StorageFull
+from agi.core.dht.errors import DHTError, StorageClosed, StorageError, StorageFull
 from agi.core.dht.observability.metrics import Metrics
 from agi.core.dht.protocol.commit import Commit, Fail, GroupCommit, Pause, Release
 from agi.core.dht.storage.base import Batch, StorageBackend
@@ -59,7 +59,10 @@ class Committer(GroupCommit[Parked]):
             self._write(effect)
         elif isinstance(effect, Pause):
             pause_s = min(PAUSE_MAX_S, self._sync_s * PAUSE_SHARE)
-            self._store.pause(pause_s, lambda _: self._depart(effect.group))
+            try:
+                self._store.pause(pause_s, lambda _: self._depart(effect.group))
+            except StorageClosed as error:
+                self._tell(self.failed(error, fatal=True))
 
     def _write(self, group: Commit) -> None:
         self._metrics.group_commits.observe(len(group.records))
@@ -68,6 +71,8 @@ class Committer(GroupCommit[Parked]):
             self._store.write(Batch(group.records, group.inserts, promises=group.promises))
         except StorageFull as error:
             self._tell(self.failed(error, fatal=False))
+        except StorageClosed as error:  # the node has stopped meanwhile
+            self._tell(self.failed(error, fatal=True))
         except DHTError as error:
             self._failed(error)
         else:
