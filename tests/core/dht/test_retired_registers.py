@@ -61,6 +61,18 @@ async def test_a_key_that_is_absent_leaves_nothing_behind_and_is_a_plain_key_aga
         assert [report.differences for report in reports] == [0, 0]
 
 
+async def test_a_key_that_has_expired_and_that_nobody_looks_at_goes_too() -> None:
+    async with Cluster(3, settings=SETTINGS) as cluster:
+        client = await cluster.client()
+        await client.put("k", b"v", if_absent=True, ttl_seconds=0.05)
+        await client.put("stays", b"v", if_absent=True, ttl_seconds=60)
+        await asyncio.sleep(0.1)
+        await round_(cluster)
+        await until(lambda: all(record and state_of(record).value is None for record in cluster.held("k")))
+        await retired(cluster)
+        assert all(record and state_of(record).value == b"v" for record in cluster.held("stays"))
+
+
 async def test_what_a_fence_marks_stays() -> None:
     async with Cluster(3, settings=SETTINGS) as cluster:
         client = await cluster.client()

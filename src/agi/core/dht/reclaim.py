@@ -40,10 +40,10 @@ from agi.core.dht.errors import (
 )
 from agi.core.dht.identity import Ledger
 from agi.core.dht.joint import JointRing, JointSet
-from agi.core.dht.protocol.consensus import BALLOT_BYTES, is_register, is_retired
+from agi.core.dht.protocol.consensus import BALLOT_BYTES, LOOK, LOOK_NAME, has_expired, is_register, is_retired
 from agi.core.dht.protocol.exchange import Span
 from agi.core.dht.protocol.floors import NONE, Floors, Height, is_dead
-from agi.core.dht.protocol.messages import ReclaimReply, ReclaimStep, WireError
+from agi.core.dht.protocol.messages import Op, OpResult, ReclaimReply, ReclaimStep, WireError
 from agi.core.dht.protocol.record import FLAGS, TOMBSTONE, height_of, hlc_of
 from agi.core.dht.protocol.versioning import physical_ms
 from agi.core.dht.ring import TOKENS, Partition, Ring
@@ -70,6 +70,8 @@ RETRY_S = 10.0
 """A round that failed is tried again after about this, if that is less than the interval."""
 RETIRE_MAX = 1000
 """Registers that one round takes away."""
+EXPIRED_MAX = 200
+"""Registers whose expiry one look at the store has decided on."""
 STEPS_MAX = 64
 """Steps under way at one node for others."""
 
@@ -406,6 +408,8 @@ class Reclaimer:
         held, placement = node.antientropy.keeper.held, node.known_topology.placement
         dead, oldest_ms = 0, 0
         absent: dict[bytes, bytes] = {}
+        expired: list[bytes] = []
+        expiry_ms = node.clock.wall_ms() - self._lag_ms
         for span in joined(held):
             async for page in node.antientropy.keeper.walk(span):
                 taken, left = self._sort(page)
@@ -414,10 +418,12 @@ class Reclaimer:
                 dead += len(left)
                 ages_ms = [physical_ms(height_of(hlc_of(item))) for _, item in left]
                 oldest_ms = min([oldest_ms or node.clock.wall_ms(), *ages_ms])
+                expired += [key for key, item in page if has_expired(item, expiry_ms)][: EXPIRED_MAX - len(expired)]
                 if len(absent) < RETIRE_MAX:
                     absent |= await self._registers([key for key, item in left if is_register(item)])
         self.dead, self.oldest_dead_ms = dead, oldest_ms
         self._absent = dict(islice(absent.items(), RETIRE_MAX))
+        self._end(expired)
         for span in _outside(held):
             self.dropped += await self._drop(span, lambda: node.known_topology.placement == placement)
 
@@ -434,6 +440,16 @@ class Reclaimer:
             elif is_dead(record, now_ms << 16) or (is_register(record) and record[FLAGS] & TOMBSTONE):
                 left.append((key, record))
         return taken, left
+
+    def _end(self, expired: list[bytes]) -> None:
+        """Has the expiry of these keys decided on, where this node leads, so that a later round can take them away."""
+        node = self._node
+        if node.coordinator is None or not isinstance(node.ring, Ring):
+            return
+        deadline = node.clock.monotonic() + STEP_TIMEOUT_S
+        for key in expired:
+            if min(node.ring.replicas(key)) == node.node_id:
+                node.coordinator.registers.run(Op(LOOK_NAME, key, LOOK), deadline, _ignore)
 
     async def _registers(self, keys: list[bytes]) -> dict[bytes, bytes]:
         """Those of these keys whose registers a round may take away, and the ballots under which they were accepted."""
@@ -502,6 +518,10 @@ class Reclaimer:
         async with self._raising:
             self._node.replica.floors = self._node.replica.floors.over(floors)
             await self._ledger.store_floors(self._node.replica.floors)
+
+
+def _ignore(_result: OpResult) -> None:
+    """What has expired is found again if that came to nothing."""
 
 
 def _led_by(part: Partition, leader: str, absent: list[str]) -> bool:

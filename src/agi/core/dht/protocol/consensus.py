@@ -206,6 +206,14 @@ def is_settled(record: bytes, now_ms: int) -> bool:
     return not state.expires_ms or state.value is None or state.expires_ms > now_ms
 
 
+def has_expired(record: bytes, now_ms: int) -> bool:
+    """Whether this is a register whose value has expired, which nobody has decided on yet (V4). Raises
+    StorageCorrupt."""
+    if not record[FLAGS] & REGISTER or record[FLAGS] & TOMBSTONE:
+        return False
+    return 0 < state_of(record).expires_ms <= now_ms
+
+
 def is_retired(record: bytes, height: int) -> bool:
     """Whether this is the register of an absent key, whose ballot and version are no newer than that, and which
     remembers no fence: nothing is lost with it but the last operations' results (R8). Raises StorageCorrupt."""

@@ -65,15 +65,15 @@ def not_retired(step: ReclaimStep, ring: Ring, disks: Mapping[str, SimDisk]) -> 
 def early(name: str, disk: SimDisk, token: int, key: bytes, record: bytes) -> str:
     """What speaks against a node's removing a record of an arc that it holds: rounds have not come so far, by what it
     has stored. Nothing is said of arcs without a round: a node that gains one drops what it has of it, and may have
-    held it in the last epoch that it heard of."""
+    held it in the last epoch that it heard of. That all have closed is durable; the order to reclaim need not be."""
     packed, floors = disk.durable_meta("topology"), disk.durable_meta("floors")
     ring = None if packed is None else unpack(packed).ring()
     if not isinstance(ring, Ring) or name not in ring.replicas(key):
         return ""
-    reclaimed = unpack_floors(floors or b"").at(token).reclaimed
-    if not reclaimed or height_of(hlc_of(record)) <= reclaimed:
+    closed = unpack_floors(floors or b"").at(token).closed
+    if not closed or height_of(hlc_of(record)) <= closed:
         return ""
-    return f"{name} takes {key.decode()} at {hlc_of(record)} away, having reclaimed up to {reclaimed}"
+    return f"{name} takes {key.decode()} at {hlc_of(record)} away, having closed up to {closed}"
 
 
 def leftover(name: str, before: Topology | None, after: Topology, disk: SimDisk, keys: Sequence[str]) -> list[str]:
