@@ -9,12 +9,14 @@ from cluster import LOST, Cluster, until
 from test_reclaim import SETTINGS, now_ms, round_, written
 
 from agi.core.dht.errors import InvalidRequest
-from agi.core.dht.protocol.consensus import BALLOT_BYTES, State, ballot, is_register, register_of, state_of
+from agi.core.dht.protocol.consensus import ADD, BALLOT_BYTES, State, ballot, is_register, register_of, state_of
 from agi.core.dht.protocol.floors import promise_of
 from agi.core.dht.protocol.messages import (
     HINT,
     REPAIR,
+    Op,
     ReclaimStep,
+    Update,
 )
 from agi.core.dht.reclaim import FREE, RETIRE
 from agi.core.dht.types import Consistency
@@ -71,6 +73,27 @@ async def test_a_key_that_has_expired_and_that_nobody_looks_at_goes_too() -> Non
         await until(lambda: all(record and state_of(record).value is None for record in cluster.held("k")))
         await retired(cluster)
         assert all(record and state_of(record).value == b"v" for record in cluster.held("stays"))
+
+
+async def test_a_coordinator_without_the_key_makes_no_version_below_what_was_taken_away() -> None:
+    async with Cluster(5, settings={**SETTINGS, "dht.replication.factor": 3}) as cluster:
+        client = await cluster.client()
+        key = next(key for key in map("k{}".format, range(100)) if 4 not in cluster.holders(key))
+        await client.incr(key)
+        await client.delete(key)
+        before = max(state_of(record).version for record in cluster.held(key) if record)
+        for _ in range(2):
+            await asyncio.sleep(0.003)
+            for node in cluster.living():
+                await node.reclaimer.round()
+            for node in cluster.living():
+                await node.reclaimer.clear()
+        assert not any(cluster.held(key))
+        cluster.clocks[4].ahead_ms = -3_600_000
+        cluster.node(4)._hlc.last = 0
+        wire = await cluster.wire(4)
+        reply = await wire.ask(Update(0, 2000, [Op(bytes(15) + b"1", key.encode(), ADD, delta=1)]))
+        assert reply.error is None and reply.results[0].error is None and reply.results[0].version > before
 
 
 async def test_what_a_fence_marks_stays() -> None:

@@ -360,7 +360,7 @@ class Registers:
             if result is None:
                 waiting.seen = newest
                 before = state.version
-                state, result = apply(waiting.op, key.key, state, now_ms, partial(self._tick, key.key))
+                state, result = apply(waiting.op, key.key, state, now_ms, partial(self._tick, key))
                 if state.version != before and state.done and state.done[-1].name == waiting.op.name:
                     waiting.planned = state.version
             results.append(result)
@@ -373,8 +373,13 @@ class Registers:
         """Up to which version the key may have been taken away (R8); one of its replicas knows."""
         return self._floor(key) if self.requests.me in self.requests.replicas(key) else self._hlc.last
 
-    def _tick(self, key: bytes, above: int) -> int:
-        self._hlc.observe(max(above, self._floor(key)))
+    def _tick(self, key: _Key, above: int) -> int:
+        """A version above that one and the key's floor (R3), which is below every ballot that its replicas promise."""
+        floor = self._floor(key.key)
+        if not above and self.requests.me not in self.requests.replicas(key.key):
+            assert key.round is not None
+            floor = ms_of(key.round.ballot) << 16
+        self._hlc.observe(max(above, floor))
         return self._hlc.tick(self._clock.wall_ms())
 
     def _send(self, replicas: tuple[str, ...], key: _Key) -> None:
