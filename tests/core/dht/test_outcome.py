@@ -9,20 +9,25 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from agi.core.dht.errors import OutcomeUnknown, Unavailable
+from agi.core.dht.errors import OutcomeUnknown, Unavailable, VersionConflict
 from agi.core.dht.protocol.consensus import (
     ADD,
     ANYHOW,
+    IF_EQUALS,
     IF_VERSION,
     LOOK,
+    PUT,
     WINDOW,
     Done,
     State,
     apply,
+    ballot,
+    is_retired,
     newest_of,
     outcome,
+    register_of,
 )
-from agi.core.dht.protocol.messages import Op
+from agi.core.dht.protocol.messages import Op, OpResult
 from agi.core.dht.protocol.versioning import HLC
 
 OURS = b"ours".ljust(16)
@@ -92,6 +97,19 @@ def test_it_is_refused_where_it_may_have_been_taken_away(
     assert outcome(operation, State(), seen, sent, 100, late=late) is not None
 
 
+def test_a_refusal_is_remembered_and_forgotten_like_an_effect() -> None:
+    refused = FULL._replace(done=(*FULL.done[1:], Done(OURS, -116, VersionConflict.code)))
+    result = outcome(op(), refused, None, 0, 0, late=False)
+    assert result is not None and result.error is not None
+    assert (result.error[0], result.version) == (VersionConflict.code, 115)
+    oldest = FULL._replace(done=(Done(name(100), -100, VersionConflict.code), *FULL.done[1:]))
+    assert outcome(op(since=99, retry=True), oldest, None, 0, 0, late=True) is not None
+    assert outcome(op(since=100, retry=True), oldest, None, 0, 0, late=True) is None
+    absent = refused._replace(value=None)
+    assert is_retired(register_of(b"k", ballot(0, 1), absent), 116)
+    assert not is_retired(register_of(b"k", ballot(0, 1), absent), 115)
+
+
 def test_it_is_found_where_it_is_named() -> None:
     state = FULL._replace(done=(*FULL.done[:-1], Done(OURS, 115, 7)))
     for late in (False, True):
@@ -113,14 +131,20 @@ class Coordinator:
         self.hlc.observe(above)
         return self.hlc.tick(0)
 
-    def propose(self, state: State, floor: int, *, late: bool) -> State | None:
-        """What it would have chosen, None for nothing."""
-        if outcome(self.operation, state, self.seen, self.sent, floor, late=late) is not None:
-            return None
+    def propose(self, state: State, floor: int, *, late: bool) -> tuple[State, OpResult]:
+        """What it would have chosen, and what it says then."""
+        result = outcome(self.operation, state, self.seen, self.sent, floor, late=late)
+        if result is not None:
+            return state, result
         self.seen = newest_of(state)
-        after, _ = apply(self.operation, b"k", state, 0, self.tick)
-        self.sent = self.sent or after.version
-        return after
+        after, result = apply(self.operation, b"k", state, 0, self.tick)
+        if after.version != state.version:
+            self.sent = self.sent or after.version
+        return after, result
+
+
+def effect(state: State) -> bool:
+    return any(done.name == OURS and done.version > 0 for done in state.done)
 
 
 steps = st.lists(
@@ -132,16 +156,27 @@ steps = st.lists(
     min_size=4,
     max_size=10,
 )
+TIMES = {"clocks": (200, 0, 0), "ahead": 200, "moves_at": 1, "old": False}
 
 
 @settings(max_examples=500)
 @example(  # sent, with a version far ahead, on a base that was old; then late
     steps=[("first", 1, True), ("second", 1, False), ("others", WINDOW + 1, False), ("first", 1, False)],
-    clocks=(200, 0, 0),
     before=1,
-    ahead=200,
-    moves_at=1,
-    old=False,
+    by_value=False,
+    **TIMES,
+)
+@example(  # refused by the second; then the value is again what it was
+    steps=[("others", 1, False), ("second", 1, False), ("others", 1, False), ("first", 1, False)],
+    before=1,
+    by_value=True,
+    **TIMES,
+)
+@example(  # and that was forgotten
+    steps=[("others", 1, False), ("second", 1, False), ("others", WINDOW + 1, False), ("first", 1, False)],
+    before=1,
+    by_value=True,
+    **TIMES,
 )
 @given(
     steps=steps,
@@ -150,9 +185,16 @@ steps = st.lists(
     ahead=st.sampled_from([1, 200]),
     moves_at=st.integers(0, 4),
     old=st.booleans(),
+    by_value=st.booleans(),
 )
 def test_it_takes_effect_once_however_two_coordinators_and_their_clocks_behave(
-    steps: list[tuple[str, int, bool]], clocks: tuple[int, int, int], before: int, ahead: int, moves_at: int, old: bool
+    steps: list[tuple[str, int, bool]],
+    clocks: tuple[int, int, int],
+    before: int,
+    ahead: int,
+    moves_at: int,
+    old: bool,
+    by_value: bool,
 ) -> None:
     first, second, others = (HLC(clock) for clock in clocks)
     number = floor = 0
@@ -162,32 +204,38 @@ def test_it_takes_effect_once_however_two_coordinators_and_their_clocks_behave(
         nonlocal number
         for _ in range(count):
             number += 1
-            write = Op(name(number), b"k", ADD, delta=1)
+            write = Op(name(number), b"k", PUT, value=b"%d" % (number % 2))
             chain.append(apply(write, b"k", chain[-1], 0, lambda above: max(others.tick(0), above + 1))[0])
 
     other(before)
     since = 0 if old else first.tick(0)
     first.tick(0, ahead)  # what else it did since the client heard of its clock
-    one = Coordinator(Op(OURS, b"k", ADD, delta=1, since=since), first)
-    two = Coordinator(Op(OURS, b"k", ADD, delta=1, since=since, retry=True), second)
+
+    def ours(retry: bool) -> Op:
+        if by_value:
+            return Op(OURS, b"k", PUT, IF_EQUALS, b"x", expected=b"1", retry=retry, since=since)
+        return Op(OURS, b"k", PUT, value=b"x", retry=retry, since=since)
+
+    one, two = Coordinator(ours(False), first), Coordinator(ours(True), second)
+    refused = False
     for at, (what, count, stale) in enumerate(steps):
         moved = at >= moves_at
         if what == "others":
             other(count)
         elif what == "taken":
-            floor = max(floor, chain[-1].version + 1)
-            first.observe(floor), second.observe(floor), others.observe(floor)
+            floor = max(floor, chain[-1].version, *(abs(done.version) for done in chain[-1].done), 0) + 1
+            for clock in (first, second, others):
+                clock.observe(floor)
             chain += [chain[-1]._replace(version=floor, value=None), State()]
         elif what == "first" or moved:
             coordinator = one if what == "first" else two
             coordinator.judged = max(coordinator.judged, len(chain) - 1 - (count if stale else 0))
-            after = coordinator.propose(chain[coordinator.judged], floor, late=moved)
-            if after is not None and coordinator.judged == len(chain) - 1 and after is not chain[-1]:
-                chain.append(after)  # else acceptors refuse it, as they have promised more since
-    effects = sum(
-        any(done.name == OURS for done in now.done) and not any(done.name == OURS for done in was.done)
-        for was, now in itertools.pairwise(chain)
-    )
-    assert effects <= 1
-    if "taken" not in [what for what, _, _ in steps]:
-        assert int(chain[-1].value or b"0") == number + effects
+            after, result = coordinator.propose(chain[coordinator.judged], floor, late=moved)
+            if coordinator.judged != len(chain) - 1:
+                continue  # acceptors refuse it, as they have promised more since
+            if after is not chain[-1]:
+                chain.append(after)
+            if coordinator is two and result.error is not None and result.error[0] == VersionConflict.code:
+                refused = True  # and the caller is told so
+    effects = sum(effect(now) and not effect(was) for was, now in itertools.pairwise(chain))
+    assert effects <= (0 if refused else 1)

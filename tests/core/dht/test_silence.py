@@ -101,6 +101,29 @@ async def test_a_node_that_wakes_late_does_not_do_once_more_what_another_did(lat
         assert await other.get(key, consistency=Consistency.LINEARIZABLE) == b"%d" % (WINDOW + 3)
 
 
+async def test_a_node_that_wakes_late_does_not_do_what_another_refused() -> None:
+    async with Cluster(3) as cluster:
+        client, other = await connected(cluster), await cluster.client(host="other")
+        key = key_of(0, cluster)
+        await client.put(key, b"a", if_absent=True)
+        done = asyncio.Event()
+
+        def rule(src: str, dst: str, message: object) -> tuple[float, ...] | None:
+            if isinstance(message, UpdateReply) and src == "n0":
+                done.set()
+            if isinstance(message, Update) and src == "client" and dst == "n0":
+                return (2 * MOVE_AFTER_S,)
+            return LOST if src == "n0" and dst == "client" else None
+
+        heard = cluster.rule(rule)
+        with pytest.raises(VersionConflict):
+            await client.compare_and_set(key, b"b", b"c")
+        await other.put(key, b"b")  # it would do now
+        await until(done.is_set)
+        heard()
+        assert await other.get(key, consistency=Consistency.LINEARIZABLE) == b"b"
+
+
 async def test_what_a_dead_node_had_is_found_out_from_another() -> None:
     async with Cluster(3) as cluster:
         client = await connected(cluster)

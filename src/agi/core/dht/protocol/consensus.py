@@ -127,7 +127,8 @@ def judge_accept(record: bytes, promise: bytes, held: bytes | None) -> bytes | N
 
 
 class Done(NamedTuple):
-    """An operation that took effect: its name, the version it made, and what it returned."""
+    """An operation that took effect: its name, the version it made, and what it returned. Or one that was tried before
+    and was refused: below 0 as its version, and the code of its error. Each version is above those before it."""
 
     name: bytes
     version: int
@@ -220,7 +221,7 @@ def is_retired(record: bytes, height: int) -> bool:
     if not (record[FLAGS] & REGISTER and record[FLAGS] & TOMBSTONE) or height_of(hlc_of(record)) > height:
         return False
     state = state_of(record)
-    return state.fence is None and state.version <= height
+    return state.fence is None and max(state.version, *(abs(done.version) for done in state.done), 0) <= height
 
 
 def unvoted(record: bytes) -> bytes:
@@ -233,8 +234,9 @@ def unvoted(record: bytes) -> bytes:
 
 def apply(op: Op, key: bytes, state: State, now_ms: int, tick: Callable[[int], int]) -> tuple[State, OpResult]:
     """What an operation makes of a state, and what it returns once that is chosen. `tick` gives a version above the
-    one that it is given. An error changes nothing. A fence raises the mark also where the value stays as it is, and its
-    version with it."""
+    one that it is given. An error changes nothing; but where another coordinator has had the operation before, the
+    value remembers that it was refused: the condition may hold again, and that one might do it then. A fence raises
+    the mark also where the value stays as it is, and its version with it."""
     if state.expires_ms and state.value is not None and state.expires_ms <= now_ms:
         state = State(tick(state.version), None, 0, now_ms, state.done, state.fence)
     try:
@@ -242,7 +244,11 @@ def apply(op: Op, key: bytes, state: State, now_ms: int, tick: Callable[[int], i
         _check(op, state)
         after, number = _changed(op, state, now_ms)
     except DHTError as error:
-        return state, OpResult(state.version if state.value is not None else 0, 0, None, error.to_wire())
+        result = OpResult(state.version if state.value is not None else 0, 0, None, error.to_wire())
+        if op.retry and op.kind != LOOK and op.condition != IF_VERSION:
+            done = (*state.done, Done(op.name, -tick(_last(op, state)), error.code))[-WINDOW:]
+            state = state._replace(done=done, created_ms=now_ms if state.value is None else state.created_ms)
+        return state, result
     if after is None:
         shown = None
         if state.value is not None:
@@ -251,9 +257,14 @@ def apply(op: Op, key: bytes, state: State, now_ms: int, tick: Callable[[int], i
             created_ms = now_ms if state.value is None else state.created_ms  # a tombstone's age counts from its mark
             state = state._replace(fence=fence, created_ms=created_ms)
         return state, OpResult(state.version, 0, shown)
-    version = tick(max(state.version, op.since))
+    version = tick(_last(op, state))
     done = (*state.done, Done(op.name, version, number))[-WINDOW:]
     return after._replace(version=version, done=done, fence=fence), OpResult(version, number)
+
+
+def _last(op: Op, state: State) -> int:
+    """What its version has to be above."""
+    return max(state.version, op.since, abs(state.done[-1].version) if state.done else 0)
 
 
 def _fence(op: Op, state: State) -> tuple[bytes, int] | None:
@@ -333,8 +344,11 @@ def outcome(op: Op, state: State, seen: bytes | None, sent: int, floor: int, *, 
     done = state.done
     for known in done:
         if known.name == op.name:
-            return OpResult(known.version, known.number)
-    forgotten = done[0].version if len(done) >= WINDOW else floor
+            if known.version > 0:
+                return OpResult(known.version, known.number)
+            version = state.version if state.value is not None else 0
+            return OpResult(version, 0, None, (known.number, "it was refused when it was tried before", 0, 0))
+    forgotten = abs(done[0].version) if len(done) >= WINDOW else floor
     if forgotten <= op.since:
         return None
     if op.condition == IF_VERSION and op.version == state.version:
