@@ -16,6 +16,7 @@ from agi.core.dht.protocol.consensus import (
     IF_EQUALS,
     IF_VERSION,
     LOOK,
+    NOTHING,
     PUT,
     WINDOW,
     Done,
@@ -38,7 +39,9 @@ def name(number: int) -> bytes:
 
 
 FULL = State(115, b"1", done=tuple(Done(name(number), number, 0) for number in range(100, 100 + WINDOW)))
-NEWEST, FORGOTTEN = name(115), name(99)
+NEWEST, FORGOTTEN = FULL.done[-1], Done(name(99), 99, 0)
+ANEW = NEWEST._replace(version=114)
+"""The same operation, done in a state that was never chosen."""
 
 
 def op(*, since: int = 99, retry: bool = False, version: int = 0, kind: int = ADD) -> Op:
@@ -51,7 +54,7 @@ def op(*, since: int = 99, retry: bool = False, version: int = 0, kind: int = AD
     [
         (op(retry=True), State(), None, 0, 0, True),
         (op(retry=True), State(), None, 0, 99, True),
-        (op(), State(), b"", 0, 200, False),
+        (op(), State(), NOTHING, 0, 200, False),
         (op(retry=True), FULL._replace(done=FULL.done[1:]), FORGOTTEN, 90, 0, True),
         (op(since=100, retry=True), FULL, None, 0, 200, True),
         (op(retry=True, version=115), FULL, None, 0, 0, True),
@@ -63,9 +66,9 @@ def op(*, since: int = 99, retry: bool = False, version: int = 0, kind: int = AD
     ],
 )
 def test_it_is_applied_where_it_cannot_be_hidden(
-    operation: Op, state: State, seen: bytes | None, sent: int, floor: int, late: bool
+    operation: Op, state: State, seen: Done | None, sent: int, floor: int, late: bool
 ) -> None:
-    assert outcome(operation, state, seen, sent, floor, late=late) is None
+    assert outcome(operation, state, state, seen, sent, floor, late=late) is None
 
 
 @pytest.mark.parametrize(
@@ -74,46 +77,55 @@ def test_it_is_applied_where_it_cannot_be_hidden(
         (op(), None, 0, True, Unavailable),
         (op(), FORGOTTEN, 0, True, OutcomeUnknown),
         (op(), FORGOTTEN, 100, False, OutcomeUnknown),
-        (op(), b"", 0, True, OutcomeUnknown),
+        (op(), NOTHING, 0, True, OutcomeUnknown),
+        (op(), ANEW, 0, True, OutcomeUnknown),
         (op(retry=True), None, 0, False, OutcomeUnknown),
         (op(retry=True), FORGOTTEN, 0, False, OutcomeUnknown),
         (op(retry=True, version=114), None, 0, False, OutcomeUnknown),
     ],
 )
 def test_it_is_refused_where_it_may_be_hidden(
-    operation: Op, seen: bytes | None, sent: int, late: bool, error: type[Exception]
+    operation: Op, seen: Done | None, sent: int, late: bool, error: type[Exception]
 ) -> None:
-    result = outcome(operation, FULL, seen, sent, 0, late=late)
+    result = outcome(operation, FULL, FULL, seen, sent, 0, late=late)
     assert result is not None and result.error is not None and result.error[0] == error.code  # type: ignore[attr-defined]  # of DHTError
 
 
 @pytest.mark.parametrize(
     ("operation", "seen", "sent", "late"),
-    [(op(), None, 0, True), (op(), b"", 0, True), (op(), b"", 100, False), (op(retry=True), None, 0, False)],
+    [(op(), None, 0, True), (op(), NOTHING, 0, True), (op(), NOTHING, 100, False), (op(retry=True), None, 0, False)],
 )
 def test_it_is_refused_where_it_may_have_been_taken_away(
-    operation: Op, seen: bytes | None, sent: int, late: bool
+    operation: Op, seen: Done | None, sent: int, late: bool
 ) -> None:
-    assert outcome(operation, State(), seen, sent, 100, late=late) is not None
+    assert outcome(operation, State(), State(), seen, sent, 100, late=late) is not None
 
 
 def test_a_refusal_is_remembered_and_forgotten_like_an_effect() -> None:
     refused = FULL._replace(done=(*FULL.done[1:], Done(OURS, -116, VersionConflict.code)))
-    result = outcome(op(), refused, None, 0, 0, late=False)
+    result = outcome(op(), refused, refused, None, 0, 0, late=False)
     assert result is not None and result.error is not None
     assert (result.error[0], result.version) == (VersionConflict.code, 115)
     oldest = FULL._replace(done=(Done(name(100), -100, VersionConflict.code), *FULL.done[1:]))
-    assert outcome(op(since=99, retry=True), oldest, None, 0, 0, late=True) is not None
-    assert outcome(op(since=100, retry=True), oldest, None, 0, 0, late=True) is None
+    assert outcome(op(since=99, retry=True), oldest, oldest, None, 0, 0, late=True) is not None
+    assert outcome(op(since=100, retry=True), oldest, oldest, None, 0, 0, late=True) is None
     absent = refused._replace(value=None)
     assert is_retired(register_of(b"k", ballot(0, 1), absent), 116)
     assert not is_retired(register_of(b"k", ballot(0, 1), absent), 115)
 
 
+def test_what_the_round_does_before_it_hides_nothing() -> None:
+    later = tuple(Done(name(number), number, 0) for number in range(200, 200 + WINDOW))
+    assert outcome(op(), FULL._replace(done=later), FULL, NEWEST, 0, 0, late=True) is None
+    shifted = FULL._replace(done=(Done(OURS, 100, 7), *FULL.done[1:]))
+    found = outcome(op(), shifted._replace(done=later), shifted, NEWEST, 0, 0, late=True)
+    assert found is not None and found.number == 7
+
+
 def test_it_is_found_where_it_is_named() -> None:
     state = FULL._replace(done=(*FULL.done[:-1], Done(OURS, 115, 7)))
     for late in (False, True):
-        result = outcome(op(retry=True), state, None, 0, 0, late=late)
+        result = outcome(op(retry=True), state, state, None, 0, 0, late=late)
         assert result is not None and (result.version, result.number, result.error) == (115, 7, None)
 
 
@@ -123,7 +135,7 @@ class Coordinator:
 
     operation: Op
     hlc: HLC
-    seen: bytes | None = None
+    seen: Done | None = None
     sent: int = 0
     judged: int = 0
 
@@ -133,7 +145,7 @@ class Coordinator:
 
     def propose(self, state: State, floor: int, *, late: bool) -> tuple[State, OpResult]:
         """What it would have chosen, and what it says then."""
-        result = outcome(self.operation, state, self.seen, self.sent, floor, late=late)
+        result = outcome(self.operation, state, state, self.seen, self.sent, floor, late=late)
         if result is not None:
             return state, result
         self.seen = newest_of(state)

@@ -265,6 +265,16 @@ async def test_a_message_that_comes_twice_does_not_make_a_failed_operation_succe
         assert await client.get("k") is None
 
 
+async def test_a_message_that_comes_after_its_own_refused_retry_changes_nothing() -> None:
+    async with Cluster(3) as cluster:
+        wire = await cluster.wire(0)
+        op = Op(bytes(15) + b"1", b"n", ADD, delta=1)
+        refused = await wire.ask(Update(7, 2000, [op], retry=True))
+        assert isinstance(from_wire(*refused.error), OutcomeUnknown)
+        assert await wire.ask(Update(7, 2000, [op])) == refused
+        assert cluster.held("n") == [None] * 3
+
+
 async def test_without_a_quorum_nothing_is_changed_or_the_outcome_is_unknown() -> None:
     async with Cluster(3) as cluster:
         client = await cluster.client()

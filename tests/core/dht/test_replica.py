@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 from cluster import Cluster, until
 
+from agi.core.dht.acceptor import Acceptor
 from agi.core.dht.errors import ClockSkew, DHTError, StorageClosed, StorageError, StorageFull, from_wire
 from agi.core.dht.observability.metrics import Metrics
+from agi.core.dht.protocol.consensus import State, ballot, register_of
+from agi.core.dht.protocol.floors import promise_of
 from agi.core.dht.protocol.messages import FRESH, REPAIR, ReplicaRead, ReplicaWrite
 from agi.core.dht.protocol.record import FLAGS, HEADER, SHRUNK, TOMBSTONE, hlc_of, pack
 from agi.core.dht.protocol.versioning import HLC
@@ -306,6 +309,33 @@ async def test_what_has_not_departed_when_the_store_closes_fails_and_nobody_call
     await disk.store.close()
     await turn()
     assert isinstance(from_wire(*answer[0][2]), StorageClosed) and disk.fatal == []
+
+
+async def test_a_register_that_is_taken_away_and_the_promise_for_it_reach_the_disk_together(disk: Bench) -> None:
+    acceptor = Acceptor(disk.replica, disk.clock)
+    disk.replica.token_of = lambda key: 0
+    taken = register_of(b"k", ballot(1, 7), State(1))
+    disk.write((b"k", taken), mode=REPAIR)
+    await disk.land()
+    disk.write(record(b"a", b"1", 1000))
+    await turn()  # a sync is under way, which may take with it all that is written from now on
+    retiring = asyncio.ensure_future(acceptor.retire([b"k"], [taken[:16]], 1 << 20))
+    await turn()
+    assert disk.store.read([b"k"]) == [None]
+    assert dict((await disk.store.load_promises(b"", 10)).items) == {b"k": promise_of(1 << 20)}
+    await disk.land()
+    await disk.land()
+    assert await retiring == []
+
+
+async def test_registers_are_synced_and_in_order_where_plain_writes_are_not(disk: Bench) -> None:
+    disk.replica._grouped, disk.replica.token_of = False, lambda key: 0
+    assert disk.write(record(b"plain", b"1", 1000)) == [OK] and disk.store.syncs == []
+    older, newer = (register_of(b"k", ballot(ms, 7), State(ms, b"v")) for ms in (1, 2))
+    answers = [disk.write((b"k", older), mode=REPAIR), disk.write((b"k", newer), mode=REPAIR)]
+    assert answers == [[], []]
+    await disk.land()
+    assert answers == [[OK], [OK]] and disk.store.read([b"k"]) == [newer]
 
 
 # --- a store in another process

@@ -14,11 +14,13 @@ from agi.core.dht.protocol.floors import promise_of
 from agi.core.dht.protocol.messages import (
     HINT,
     REPAIR,
+    ArcListReply,
     Op,
     ReclaimStep,
     Update,
 )
 from agi.core.dht.reclaim import FREE, RETIRE
+from agi.core.dht.storage.base import Batch
 from agi.core.dht.types import Consistency
 
 
@@ -195,3 +197,66 @@ async def test_bad_orders_change_nothing(step: ReclaimStep) -> None:
         with pytest.raises(InvalidRequest):
             await cluster.node(0).calls.call("n1", step)
         assert cluster.held("k") == [record] * 3
+
+
+async def test_a_repair_of_what_was_taken_away_does_not_hide_what_came_after() -> None:
+    async with Cluster(3, settings=SETTINGS) as cluster:
+        client = await cluster.client()
+        record = await gone(cluster)
+        await retired(cluster)
+        await client.put("k", b"v", consistency=Consistency.ALL)
+        plain = cluster.held("k")
+        assert (await written(cluster, 1, REPAIR, "k", record)).error is None
+        assert cluster.held("k") == plain and await client.get("k") == b"v"
+        cluster.stores[2].write(Batch({b"k": record}))
+        for node in cluster.living():
+            node.antientropy.keeper.forget()
+        await until(lambda: all(not node.antientropy.keeper.unknown for node in cluster.living()))
+        await cluster.node(1).antientropy.exchange("n2", young_from=0)
+        assert cluster.held("k")[:2] == plain[:2]
+
+
+async def test_a_replica_without_a_vote_keeps_its_registers_and_the_round_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with Cluster(3, settings=SETTINGS) as cluster:
+        record = await gone(cluster)
+        await round_(cluster)
+        monkeypatch.setattr(cluster.node(1).store, "voting_refusal", "it may forget")
+        asked: list[str] = []
+
+        def rule(src: str, dst: str, message: object) -> tuple[float, ...] | None:
+            if isinstance(message, ReclaimStep) and message.step in (RETIRE, FREE):
+                asked.append(dst)
+            return None
+
+        stop = cluster.rule(rule)
+        assert await round_(cluster)
+        stop()
+        assert sorted(asked) == ["n1", "n2"] and cluster.held("k")[1] == record
+        assert promised(cluster)[0] and promised(cluster)[2]
+
+
+async def test_a_change_waits_until_no_promise_is_without_its_register() -> None:
+    async with Cluster(3, settings=SETTINGS) as cluster:
+        await gone(cluster)
+        await round_(cluster)
+        stop = cluster.rule(
+            lambda src, dst, message: LOST if isinstance(message, ReclaimStep) and message.step == FREE else None
+        )
+        leading = asyncio.ensure_future(cluster.node(0).reclaimer.round())
+        await until(lambda: cluster.held("k") == [None] * 3 and all(promised(cluster)[1:]))
+        leading.cancel()
+        await asyncio.gather(leading, return_exceptions=True)
+        stop()
+        early: list[str] = []
+
+        def rule(src: str, dst: str, message: object) -> tuple[float, ...] | None:
+            if isinstance(message, ArcListReply) and message.error is None and promised(cluster)[int(src[1:])]:
+                early.append(src)
+            return None
+
+        cluster.rule(rule)
+        await cluster.add()
+        await until(lambda: cluster.node(3).topology and cluster.node(3).serving and promised(cluster) == [b""] * 4)
+        assert all(is_register(record) for record in cluster.held("k") if record) and early == []

@@ -14,7 +14,7 @@ from typing import TypeAlias
 from agi.core.dht.clock import Clock
 from agi.core.dht.errors import DHTError, NotReady, Overloaded, from_wire
 from agi.core.dht.protocol.consensus import BALLOT_BYTES, is_retired, judge_accept, judge_prepare
-from agi.core.dht.protocol.floors import is_of_seal, promise_of
+from agi.core.dht.protocol.floors import promise_of
 from agi.core.dht.protocol.messages import WireError
 from agi.core.dht.replica import STORE_TIMEOUT_S, Replica
 from agi.core.dht.storage.base import Batch
@@ -136,6 +136,8 @@ class Acceptor:
         nobody: the key is absent and a register still. Returns the places of those of which something else is held.
         Raises DHTError kinds, TimeoutError."""
         replica, kept = self._replica, list[int]()
+        if replica.store.voting_refusal:
+            return list(range(len(keys)))
 
         def decide(held: list[bytes | None]) -> Batch:
             batch = Batch()
@@ -156,10 +158,10 @@ class Acceptor:
         await self._decided(keys, decide, values=True)
         return kept
 
-    async def free(self, keys: list[bytes]) -> None:
+    async def free(self, keys: list[bytes], version: int) -> None:
         """Forgets what `retire` has promised of these keys: they are under consensus no more. Raises as it does."""
         promises = self._replica.promises
-        freed = {key: promises[key] for key in keys if is_of_seal(promises.get(key, b""))}
+        freed = {key: promises[key] for key in keys if promises.get(key) == promise_of(version)}
         if not freed:
             return
 

@@ -188,8 +188,11 @@ class Reclaimer:
         for step, timeout_s in ((SEAL, STEP_TIMEOUT_S), (CLOSE, CLOSE_TIMEOUT_S), (RECLAIM, STEP_TIMEOUT_S)):
             async with asyncio.timeout(timeout_s):
                 await self._all(others, ReclaimStep(0, epoch, step, version, absent))
-        await self._retire(others, epoch, version, absent)
         self.rounds += 1
+        try:
+            await self._retire(others, epoch, version, absent)
+        except (DHTError, TimeoutError) as error:  # the next round tries it again
+            _log.info("registers_not_retired", error=str(error) or "no answer in time")
         _log.debug("round_done", version=version, replicas=len(names), absent=absent)
         return version
 
@@ -314,7 +317,7 @@ class Reclaimer:
             return []
         keys, ballots = [keys[index] for index in places], [ballots[index] for index in places]
         if message.step == FREE:
-            await acceptor.free(keys)
+            await acceptor.free(keys, message.version)
             return []
         kept = await acceptor.retire(keys, ballots, message.version)
         self.retired += len(keys) - len(kept)

@@ -49,6 +49,7 @@ from agi.core.dht.protocol.consensus import (
     NAME_BYTES,
     PUT,
     WINDOW,
+    Done,
     Round,
     apply,
     ballot,
@@ -108,7 +109,7 @@ class Waiting:
         self.op = op
         self.answer = answer
         self.look_by = look_by
-        self.seen: bytes | None = None
+        self.seen: Done | None = None
         self.sent = 0
         self.planned = 0
         self.over = False
@@ -243,8 +244,7 @@ class Registers:
             cost = requests.admit(started, [op.key for op in request.ops], [op.value for op in request.ops])
         except DHTError as error:
             answer = self._stamped(UpdateReply(request.id, [], refusal(error).to_wire()))
-            if not request.retry:
-                self._known.add(client, request.id, answer, 1)
+            self._known.add(client, request.id, answer, 1)  # a first try that is still on its way comes too late
             reply(answer)
             return
         under_way = _UnderWay(reply)
@@ -345,7 +345,7 @@ class Registers:
         """The round's value: what the operations make of what was found."""
         round_ = key.round
         assert round_ is not None
-        state = state_of(base)
+        state = found = state_of(base)
         now_ms = self._clock.wall_ms()
         now = self._clock.boottime()  # read after what the base is: what is in time now was met in time
         newest = newest_of(state)
@@ -354,8 +354,8 @@ class Registers:
         key.taken = [waiting for waiting in key.taken if not waiting.over]
         for waiting in key.taken:
             late = now > waiting.look_by
-            floor = self._taken_up_to(key.key) if late or waiting.sent or waiting.op.retry else 0
-            result = outcome(waiting.op, state, waiting.seen, waiting.sent, floor, late=late)
+            floor = self._floor_of(key) if late or waiting.sent or waiting.op.retry else 0
+            result = outcome(waiting.op, state, found, waiting.seen, waiting.sent, floor, late=late)
             waiting.planned = 0
             if result is None:
                 waiting.seen = newest
@@ -369,17 +369,18 @@ class Registers:
         assert following is not None, "a round begins with room in its sequence"
         round_.propose(register_of(key.key, following, state))
 
-    def _taken_up_to(self, key: bytes) -> int:
-        """Up to which version the key may have been taken away (R8); one of its replicas knows."""
-        return self._floor(key) if self.requests.me in self.requests.replicas(key) else self._hlc.last
+    def _floor_of(self, key: _Key) -> int:
+        """Up to which version the key may have been taken away (R8). Those who held it before know; what they promise
+        is above that."""
+        replicas = self.requests.replicas(key.key)
+        if self.requests.me in (replicas.old if isinstance(replicas, JointSet) else replicas):
+            return self._floor(key.key)
+        assert key.round is not None
+        return ms_of(key.round.ballot) << 16
 
     def _tick(self, key: _Key, above: int) -> int:
-        """A version above that one and the key's floor (R3), which is below every ballot that its replicas promise."""
-        floor = self._floor(key.key)
-        if not above and self.requests.me not in self.requests.replicas(key.key):
-            assert key.round is not None
-            floor = ms_of(key.round.ballot) << 16
-        self._hlc.observe(max(above, floor))
+        """A version above that one and the key's floor (R3)."""
+        self._hlc.observe(max(above, self._floor_of(key)))
         return self._hlc.tick(self._clock.wall_ms())
 
     def _send(self, replicas: tuple[str, ...], key: _Key) -> None:

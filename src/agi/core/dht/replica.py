@@ -291,7 +291,7 @@ class Replica:
             merged, inserts, superseded, live = self._merge(mode, keys, records, headers, want_live)
             if merged:
                 self._tell_change(keys, headers, merged, inserts)
-            if commit is None or not self._grouped:
+            if commit is None or not (self._grouped or self._votes(merged, commit)):
                 if merged:
                     self.store.write(Batch(merged, inserts))
                 done(superseded, live, None)
@@ -304,6 +304,12 @@ class Replica:
         except DHTError as error:
             self._metrics.replica_errors += 1
             done(None, None, error.to_wire())
+
+    @staticmethod
+    def _votes(records: dict[bytes, bytes], commit: Committer) -> bool:
+        """Whether these are synced however plain writes are: registers count as votes, and must not come before what
+        is about to be stored of their keys."""
+        return not commit.waiting.keys().isdisjoint(records) or any(map(is_register, records.values()))
 
     def _merge(
         self,
@@ -379,8 +385,9 @@ class Replica:
                 continue
             height, hlc = self.floors.at(self.token_of(key)), height_of(hlc_of(record))
             if mode == REPAIR:
-                if hlc <= height.closed and header is None:
-                    late.add(index)  # it was reclaimed: all replicas held it, or a newer one, when they closed
+                # it was reclaimed: all replicas held it, or a newer one, when they closed; a plain record came after
+                if hlc <= height.closed and (header is None or (is_register(record) and not is_register(header))):
+                    late.add(index)
             elif hlc <= height.sealed:
                 if mode == FRESH and (header is None or header[:32] != record[:32]):
                     superseded.append((index, max(height.sealed, 0 if header is None else hlc_of(header))))
@@ -441,8 +448,8 @@ class Replica:
                     self.store.write(batch)
                 done(None)
             elif changes:
-                if batch.purges:  # before what is promised with it, so that it is as durable
-                    self.store.write(Batch(purges=batch.purges))
+                if batch.purges:  # with what is promised for it, and before that departs, which has it synced
+                    self.store.write(Batch(purges=batch.purges, promises=batch.promises))
                 commit.commit(batch.records, batch.inserts, done, batch.promises)
             elif commit.idle:
                 done(None)

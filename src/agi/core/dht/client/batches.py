@@ -102,6 +102,7 @@ class Batch:
     __slots__ = (
         "asked_us",
         "attempts",
+        "blurred",
         "bytes",
         "consistency",
         "deadline",
@@ -133,6 +134,7 @@ class Batch:
         self.attempts = 0
         self.moved = False
         self.asked_us = 0
+        self.blurred = False
         self.id = 0
         self.node = ""
         self.run_id = ""
@@ -147,9 +149,10 @@ class Batch:
             return Update(self.id, timeout_ms, self.ops, retry, self.asked_us)
         return Delete(self.id, self.consistency, timeout_ms, self.keys, retry)
 
-    def for_node(self, hlc: int, boottime_us: int) -> None:
-        """Says on what terms a node whose clocks show this may do the operations (protocol/consensus.py, `outcome`)."""
-        self.asked_us = boottime_us
+    def for_node(self, hlc: int, boottime_us: int, blurred: bool) -> None:
+        """Says on what terms a node whose clocks show this may do the operations (protocol/consensus.py, `outcome`).
+        `blurred`: it may find them late, only because its clock was not heard for a while."""
+        self.asked_us, self.blurred = boottime_us, blurred
         for op in self.ops:
             if not op.retry:
                 op.since = hlc

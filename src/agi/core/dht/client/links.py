@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from agi.core.dht.client.session import Session
 
 
+BLURRED_S = 1.0
 DRIFT = 1 / 8
 """How far apart two clocks run at most, as with leases (protocol/locks.py)."""
 
@@ -56,6 +57,10 @@ class Remote:
         """Its clock now, or some time before that, however its clock and this one run; 0 for unknown."""
         known = self._boottime_us
         return known + int((now - self._told) * (1 - DRIFT) * 1e6) if known else 0
+
+    def blurred(self, since: float) -> bool:
+        """Whether its clock was last heard so long before that `boottime_us` was well behind."""
+        return since - self._told > BLURRED_S
 
 
 class NodeHandler:

@@ -436,7 +436,7 @@ class Session:
             self._expire(batch)
             return
         if batch.kind >= Kind.UPDATE and not retry:
-            batch.for_node(remote.hlc, remote.boottime_us(batch.sent))
+            batch.for_node(remote.hlc, remote.boottime_us(batch.sent), remote.blurred(batch.sent))
         # the node answers first, so that its error arrives before this side gives up
         message = batch.message(max(1, int(left_ms - min(150, left_ms / 4))), retry)
         try:
@@ -458,6 +458,8 @@ class Session:
             tried_enough = True  # it took longer than is left: its outcome is known, another's would not be
         if tried_enough or left_s <= 0:
             batch.fail(error if not isinstance(error, TransportError) else Unavailable(str(error)))
+        elif batch.blurred and batch.node in self.nodes and isinstance(error, Unavailable):
+            self._send(batch, self.nodes[batch.node], retry=False)  # which has just told its clocks
         elif isinstance(error, TransportError) and any(r.node_id != batch.node for r in self.up):
             self._route(batch, {batch.node})
         else:

@@ -135,6 +135,9 @@ class Done(NamedTuple):
     number: int
 
 
+NOTHING = Done(b"", 0, 0)
+
+
 class Body(msgspec.Struct, array_like=True, gc=False):
     """What a register record holds behind its header."""
 
@@ -321,7 +324,9 @@ def _counter(value: bytes | None) -> int:
     return int(value)
 
 
-def outcome(op: Op, state: State, seen: bytes | None, sent: int, floor: int, *, late: bool) -> OpResult | None:
+def outcome(
+    op: Op, state: State, base: State, seen: Done | None, sent: int, floor: int, *, late: bool
+) -> OpResult | None:
     """What a state that a quorum holds, or held, tells of an operation that may have taken effect already: its result,
     an error, or None where it certainly had no effect and is to be applied (R4).
 
@@ -334,15 +339,17 @@ def outcome(op: Op, state: State, seen: bytes | None, sent: int, floor: int, *, 
     *Without: one that is tried by two coordinators takes effect twice, the second time once 16 others have come.*
 
     Args:
-        seen: the newest operation that its coordinator met when it last judged so; empty for none, None for not yet.
+        state: what the round's operations before this one make of `base`, which was found.
+        seen: the newest operation that its coordinator met when it last judged so, NOTHING for none, None for not yet.
+            Its version tells it from one of the same name that was done anew, since that state was never chosen.
         sent: the least version that its coordinator sent it out with, 0 for none yet.
         floor: up to which version the key may have been taken away.
         late: LOOK_WITHIN_S have passed since it was sent to its coordinator.
     """
     if op.kind == LOOK:  # it has no effect that could be hidden
         return None
-    done = state.done
-    for known in done:
+    done = base.done
+    for known in done if state is base else (*done, *state.done):
         if known.name == op.name:
             if known.version > 0:
                 return OpResult(known.version, known.number)
@@ -356,7 +363,7 @@ def outcome(op: Op, state: State, seen: bytes | None, sent: int, floor: int, *, 
     if not late and not op.retry:
         hidden = bool(sent) and forgotten >= sent
     elif seen is not None:
-        hidden = not any(known.name == seen for known in done)
+        hidden = seen not in done
     elif op.retry:
         hidden = True
     else:
@@ -368,9 +375,9 @@ def outcome(op: Op, state: State, seen: bytes | None, sent: int, floor: int, *, 
     return None
 
 
-def newest_of(state: State) -> bytes:
-    """The name of the operation that a state is the result of; empty for none."""
-    return state.done[-1].name if state.done else b""
+def newest_of(state: State) -> Done:
+    """The operation that a state is the result of."""
+    return state.done[-1] if state.done else NOTHING
 
 
 # --- rounds

@@ -367,6 +367,8 @@ class Exchange:
             if young(max(ours, theirs)):
                 report.young += 1
                 continue
+            if ours < REGISTERED <= theirs and self._late(entry.token, theirs):
+                continue  # it was taken away here before ours came, and will be there
             report.differences += 1
             if ours >= theirs:
                 self._send.append((entry.key, entry.size))
