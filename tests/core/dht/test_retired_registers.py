@@ -252,8 +252,10 @@ async def test_a_change_waits_until_no_promise_is_without_its_register() -> None
         early: list[str] = []
 
         def rule(src: str, dst: str, message: object) -> tuple[float, ...] | None:
-            if isinstance(message, ArcListReply) and message.error is None and promised(cluster)[int(src[1:])]:
-                early.append(src)
+            if isinstance(message, ArcListReply) and message.error is None:
+                node = int(src[1:])
+                if promised(cluster)[node] and cluster.held("k")[node] is None:
+                    early.append(src)
             return None
 
         cluster.rule(rule)

@@ -544,10 +544,22 @@ async def test_an_operation_without_a_name_is_a_new_one_each_time(one: Served) -
 async def test_a_call_that_met_a_conflict_may_be_made_again_under_its_name(one: Served) -> None:
     pair: dict[str, Any] = {"client_id": "alice", "sequence": 1}
     version = await one.put("k", b"1")
-    for retry in (False, True):
-        assert (await failure(one.swap("k", b"2", b"3", retry=retry, **pair)))[1].current_version == version
-    await one.put("k", b"2")
+    for _ in range(2):
+        assert (await failure(one.swap("k", b"2", b"3", **pair)))[1].current_version == version
+    version = await one.put("k", b"2")
     assert await one.swap("k", b"2", b"3", **pair) > version
+
+
+async def test_what_was_refused_when_it_was_repeated_stays_so(one: Served) -> None:
+    """Its first try may still be on its way: it is not to do what the caller was told had not been done."""
+    pair: dict[str, Any] = {"client_id": "alice", "sequence": 1}
+    await one.put("k", b"1")
+    await failure(one.swap("k", b"2", b"3", retry=True, **pair))
+    version = await one.put("k", b"2")
+    for retry in (False, True):
+        status, detail = await failure(one.swap("k", b"2", b"3", retry=retry, **pair))
+        assert (status, detail.current_version) == (grpc.StatusCode.FAILED_PRECONDITION, version)
+    assert (await one.get("k")).record.value == b"2"
 
 
 async def test_the_name_of_an_operation_cannot_name_another(one: Served) -> None:

@@ -29,7 +29,7 @@ from agi.core.dht.errors import DHTError, NotReady, Overloaded, ProtocolMismatch
 from agi.core.dht.joint import JointRing, JointSet
 from agi.core.dht.peers import Peers
 from agi.core.dht.protocol.exchange import SEND_KEYS_MAX, Entry, Span
-from agi.core.dht.protocol.floors import Floors, is_of_seal, unpack
+from agi.core.dht.protocol.floors import Floors, unpack
 from agi.core.dht.protocol.messages import (
     ArcList,
     ArcListReply,
@@ -168,7 +168,9 @@ class Migration:
             try:
                 await self._replica.settle()
                 # a promise alone is not listed; a round will end it (Registers.settle_abandoned)
-                while any(map(is_of_seal, self._replica.promises.values())):  # noqa: ASYNC110  # nobody signals
+                promises = self._replica.promises
+                promised = list(promises)
+                while any(key in promises for key in promised):  # noqa: ASYNC110  # nobody signals
                     await asyncio.sleep(RETRY_FIRST_S)
             except (DHTError, TimeoutError) as error:
                 _log.warning("not_settled", error=str(error) or "no answer in time")

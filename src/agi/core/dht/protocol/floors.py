@@ -54,11 +54,6 @@ def promise_of(sealed: int) -> bytes:
     return (REGISTERED | sealed & ~LATER).to_bytes(8, "big") + _NOBODY
 
 
-def is_of_seal(promise: bytes) -> bool:
-    """Whether that was promised to no proposer."""
-    return promise[8:] == _NOBODY
-
-
 class Floors:
     """The heights of spans of tokens, first to last, apart and in order. Immutable.
 
