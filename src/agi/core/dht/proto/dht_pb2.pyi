@@ -303,8 +303,8 @@ class PutRequest(_message.Message):
     """Write only if the key holds no value."""
     retry: _builtins.bool
     """This write, which has a condition or a fence, and a pair, may have been made before. If too many others came since
-    to tell whether it took effect, it ends with code 40 instead of being made again. Plain writes cannot tell, and
-    refuse it.
+    to tell whether it took effect, it ends with code 40 instead of being made again. If its condition does not hold,
+    that is final: it is not made under this pair any more. Plain writes cannot tell, and refuse it.
     """
     @_builtins.property
     def fence(self) -> Global___Fence:
