@@ -10,6 +10,7 @@ import pytest
 from cluster import LOST, Cluster, until
 
 from agi.core.dht.client import DHTClient
+from agi.core.dht.client.links import Remote
 from agi.core.dht.client.routing import by_key
 from agi.core.dht.client.silence import SILENT_S
 from agi.core.dht.errors import OutcomeUnknown, VersionConflict
@@ -244,3 +245,11 @@ async def test_a_client_that_did_not_run_itself_takes_nobody_for_silent() -> Non
             version = await call
         stop()
         assert tries == ["n1"] * 3
+
+
+def test_the_clock_of_a_process_that_is_gone_does_not_count() -> None:
+    remote = Remote("n0", "h:7000")
+    remote.tell(1_000_000, 5, 10.0)
+    assert 1_000_000 < remote.boottime_us(11.0) < 2_000_000 and remote.hlc == 5
+    remote.tell(0, 0, 12.0)  # another process answers there, on another machine perhaps, and is not ready yet
+    assert remote.boottime_us(13.0) == remote.hlc == 0

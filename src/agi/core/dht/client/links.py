@@ -49,9 +49,8 @@ class Remote:
         links[-1 if len(frame) >= BULK_VALUE_BYTES else 0].send_frame(frame)
 
     def tell(self, boottime_us: int, hlc: int, now: float) -> None:
-        """What it says of its clocks; 0 for nothing."""
-        if boottime_us:
-            self._boottime_us, self.hlc, self._told = boottime_us, hlc, now
+        """What it says of its clocks; 0 for nothing: what another process said there before counts no more."""
+        self._boottime_us, self.hlc, self._told = boottime_us, hlc, now
 
     def boottime_us(self, now: float) -> int:
         """Its clock now, or some time before that, however its clock and this one run; 0 for unknown."""

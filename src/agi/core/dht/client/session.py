@@ -516,7 +516,7 @@ class Session:
         elif isinstance(message, DeleteReply):
             self._settle(message.id, message.existed, message.errors, message.error)
         elif isinstance(message, UpdateReply):
-            if remote is not None:
+            if remote is not None and message.boottime_us:
                 remote.tell(message.boottime_us, message.hlc, self.clock.monotonic())
             errors = [(i, r.error) for i, r in enumerate(message.results) if r.error and _worth(r.error)]
             self._settle(message.id, message.results, errors or None, message.error)
