@@ -170,7 +170,7 @@ class Migration:
                 # a promise alone is not listed; a round will end it (Registers.settle_abandoned)
                 promises = self._replica.promises
                 promised = list(promises)
-                while any(key in promises for key in promised):  # noqa: ASYNC110  # nobody signals
+                while placement == self._placement and (promised := [key for key in promised if key in promises]):  # noqa: ASYNC110  # nobody signals
                     await asyncio.sleep(RETRY_FIRST_S)
             except (DHTError, TimeoutError) as error:
                 _log.warning("not_settled", error=str(error) or "no answer in time")
