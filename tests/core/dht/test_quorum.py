@@ -86,6 +86,9 @@ def test_unavailable_is_said_only_where_no_replica_can_hold_the_write(replicas: 
                 error = quorum.shortfall("late")
                 certain = all(event == REFUSED for event in events) and count == replicas
                 assert type(error) is (Unavailable if certain else OutcomeUnknown)
+                nowhere = set(events) <= {REFUSED, NEWER} and count == replicas
+                assert quorum.maybe_holds(0) is not nowhere
+                assert quorum.maybe_holds(1) is not certain
 
 
 def test_an_earlier_stamp_makes_the_outcome_unknown() -> None:

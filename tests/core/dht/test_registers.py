@@ -27,6 +27,7 @@ from agi.core.dht.protocol.floors import Floors
 from agi.core.dht.protocol.messages import (
     Get,
     Op,
+    Put,
     RegisterAccept,
     RegisterAccepted,
     RegisterPrepare,
@@ -310,6 +311,25 @@ async def test_an_abandoned_round_does_not_keep_plain_writes_out_for_long() -> N
         await until(lambda: not any(node.acceptor.promises for node in cluster.living()))
         await client.put("k", b"plain")
         assert await client.get("k") == b"plain"
+
+
+@pytest.mark.parametrize("promised", [[1, 2], [0, 1, 2]])
+async def test_a_plain_put_that_consensus_takes_over_is_nowhere_only_if_no_replica_took_it(promised: list[int]) -> None:
+    async with Cluster(3) as cluster:
+        wire = await cluster.wire(0)
+        said: list[object] = []
+        for i in promised:
+            cluster.node(i).acceptor.prepare([b"k"], [ballot(5, 7)], lambda *answer: said.append(answer))
+        await until(lambda: len(said) == len(promised))
+        end = cluster.rule(lambda src, dst, m: LOST if isinstance(m, RegisterPromises) else None)
+        reply = await wire.ask(Put(0, Consistency.ALL, 400, [b"k"], [b"1"]))
+        kind = type(from_wire(*reply.errors[0][1]))
+        end()
+        shown = (await wire.ask(Get(0, Consistency.QUORUM, 3000, [b"k"]))).records[0]
+        if len(promised) == 3:
+            assert kind is Unavailable and shown is None
+        else:
+            assert kind is OutcomeUnknown and shown is not None and shown[HEADER:] == b"1"
 
 
 @pytest.mark.parametrize("how", ["read", "scan"])

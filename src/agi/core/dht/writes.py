@@ -6,6 +6,7 @@ write begun after another was acknowledged wins, whatever the coordinators' cloc
 
 from __future__ import annotations
 
+from collections.abc import Container
 from functools import partial
 
 import xxhash
@@ -15,6 +16,7 @@ from agi.core.dht.errors import (
     DHTError,
     FrameTooLarge,
     InvalidRequest,
+    InvalidValue,
     NotReady,
     OutcomeUnknown,
     Overloaded,
@@ -132,8 +134,9 @@ class Writes:
         if known is not None and _came_to_nothing(known):
             self._known.drop(client, number)
 
-    def decide(self, operation: WriteOperation, places: list[int]) -> None:
-        """Writes the keys at these places under consensus; the operation waits for each of them."""
+    def decide(self, operation: WriteOperation, places: list[int], maybe_stored: Container[int] = ()) -> None:
+        """Writes the keys at these places under consensus; the operation waits for each of them. `maybe_stored`: places
+        whose plain record some replica took before, or may have."""
         request = operation.request
         operation.left += len(places)
         for place in places:
@@ -142,11 +145,16 @@ class Writes:
                 op = Op(name, request.keys[place], PUT, value=request.values[place], ttl_ms=request.ttl_ms)
             else:
                 op = Op(name, request.keys[place], REMOVE)
-            self._requests.decide(op, operation.deadline, partial(self._decided, operation, place))
+            answer = partial(self._decided, operation, place, maybe_stored=place in maybe_stored)
+            self._requests.decide(op, operation.deadline, answer)
 
-    def _decided(self, operation: WriteOperation, place: int, result: OpResult) -> None:
+    def _decided(self, operation: WriteOperation, place: int, result: OpResult, *, maybe_stored: bool) -> None:
         if result.error is not None:
-            operation.fail([place], from_wire(*result.error))
+            error = from_wire(*result.error)
+            if maybe_stored and isinstance(error, Unavailable | InvalidValue):  # a round may begin with that record
+                what = f"{error.message}; some replica may have stored it"
+                error = OutcomeUnknown(what, needed=error.needed, answered=error.answered)
+            operation.fail([place], error)
         else:
             operation.results[place] = result.version.to_bytes(8, "big")
             if result.number and operation.delete:
@@ -443,7 +451,11 @@ class WriteGroup(WriteQuorum):
         operation.left += 1  # until all of the following has begun
         self._done(Written([]))
         if registers:
-            self.writes.decide(operation, registers if self.places is None else [self.places[i] for i in registers])
+            maybe = [index for index in registers if self.maybe_holds(index)]
+            places = self.places
+            if places is not None:
+                registers, maybe = [places[i] for i in registers], [places[i] for i in maybe]
+            self.writes.decide(operation, registers, maybe)
         if again:
             places = again if self.places is None else [self.places[i] for i in again]
             if operation.attempts > RESTAMPS_MAX:

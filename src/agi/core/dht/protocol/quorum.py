@@ -93,6 +93,11 @@ class WriteQuorum:
         """So far nothing was stored, and replicas are left that can still make that certain or not."""
         return not self.acks and not self.maybe and not self.complete
 
+    def maybe_holds(self, index: int) -> bool:
+        """Whether some replica stored this key of the batch, or may have."""
+        behind = 0 if self._behind is None else self._behind.get(index, 0)
+        return bool(self.maybe) or self.replicas - self.failures > behind
+
     def _overtaken(self) -> tuple[list[int], set[int]]:
         """Of a batch with enough acknowledgements: keys that can no longer reach the quorum, as replicas hold newer
         versions, and keys that hang on replies still to come."""

@@ -85,7 +85,8 @@ class ConditionalWork:
         self._fresh_s = fresh_s
         self._now_s = now_s
         self._seen: dict[str, bytes | None] = {}
-        self._established: set[str] = set()
+        # keys that are certainly under consensus: a plain call that succeeded does not make a key so
+        self._decided: set[str] = set()
         self._calls = 0
 
     async def perform(self, client: DHTClient, timeout: float) -> None:
@@ -99,7 +100,7 @@ class ConditionalWork:
             return
         if self._fresh_s:
             key = f"{key}.{int(self._now_s() / self._fresh_s)}"
-            if key not in self._established and self.rng.random() < RACE_SHARE:
+            if key not in self._decided and self.rng.random() < RACE_SHARE:
                 await asyncio.gather(
                     self._swap(client, key, None, self._value_of(), timeout, create=True),
                     self._write(client, key, Consistency.QUORUM, timeout),
@@ -117,7 +118,7 @@ class ConditionalWork:
                 await self._write(client, key, Consistency.QUORUM, timeout)
             case _Do.DELETE:
                 handle = self._invoke(Function.DELETE, key, None)
-                if key not in self._established:
+                if key not in self._decided:
                     self._invoke(Function.DELETE, key, None).info()
                 try:
                     await client.delete(key, timeout=timeout)
@@ -125,7 +126,7 @@ class ConditionalWork:
                     record_failure(handle, error)
                 else:
                     handle.ok()
-                    self._knows(key, None)
+                    self._seen[key] = None
             case _Do.VERSIONED:
                 await self._versioned(client, key, timeout)
             case _:
@@ -134,7 +135,7 @@ class ConditionalWork:
                 await self._swap(client, key, expected, self._value_of(), timeout, create=create)
 
     async def _write(self, client: DHTClient, key: str, level: Consistency, timeout: float) -> None:
-        twice = level is not Consistency.LINEARIZABLE and key not in self._established
+        twice = level is not Consistency.LINEARIZABLE and key not in self._decided
         value = (TWICE if twice else b"") + self._value_of()
         handle = self._invoke(Function.WRITE, key, value.decode())
         if twice:
@@ -145,7 +146,9 @@ class ConditionalWork:
             record_failure(handle, error)
         else:
             handle.ok()
-            self._knows(key, value)
+            self._seen[key] = value
+            if level is Consistency.LINEARIZABLE:
+                self._decided.add(key)
 
     async def _swap(
         self,
@@ -165,7 +168,7 @@ class ConditionalWork:
                 await client.compare_and_set(key, expected, value, timeout=timeout)
         except VersionConflict:
             handle.ok(False)
-            self._established.add(key)
+            self._decided.add(key)
         except DHTError as error:
             record_failure(handle, error)
         else:
@@ -286,8 +289,9 @@ class ConditionalWork:
         return self._history.invoke(f"{self._process}.{self._calls}", function, key, given)  # type: ignore[arg-type]  # a list of str is a list of values
 
     def _knows(self, key: str, value: bytes | None) -> None:
+        """This worker wrote it, under consensus."""
         self._seen[key] = value
-        self._established.add(key)
+        self._decided.add(key)
 
 
 def _text(value: bytes | None) -> str | None:
