@@ -484,8 +484,8 @@ async def test_large_records_are_read_a_few_at_a_time(kept: Keeper) -> None:
     entries, up_to = await kept.keeper.listing([(0, (1 << 64) - 1)])
     assert len(entries) == 40 and up_to is None and {entry.size for entry in entries} > {300_042}
     assert asked[-1] <= 3
-    keys, taken = await kept.keeper.keys_at([entry.token for entry in entries])
-    assert 0 < len(keys) == taken <= 3  # SEND_BYTES are passed with the first page
+    keys, records, taken = await kept.keeper.records_at([entry.token for entry in entries])
+    assert 0 < len(keys) == len(records) == taken <= 3  # SEND_BYTES are passed with the first page
 
 
 @pytest.mark.parametrize("step", [1, 2, 40])
@@ -499,11 +499,32 @@ async def test_keys_are_found_by_their_tokens_side_by_side_or_far_apart(kept: Ke
     keys: list[bytes] = []
     asked = sorted([*tokens, *missing])
     while asked:
-        some, taken = await kept.keeper.keys_at(asked)
+        some, _, taken = await kept.keeper.records_at(asked)
         keys += some
         asked = asked[taken:]
     assert keys == [entry.key for entry in chosen]
-    assert sorted((await kept.keeper.keys_at(tokens[::-1]))[0]) == sorted(keys)  # in whatever order they are named
+    assert sorted((await kept.keeper.records_at(tokens[::-1]))[0]) == sorted(keys)  # in whatever order they are named
+
+
+async def test_what_is_changing_hands_has_no_trees_until_it_has_changed() -> None:
+    async with Cluster(3) as cluster:
+        client = await cluster.client()
+        await client.put_many({f"k{i}": b"v" for i in range(300)})
+        await built(cluster)
+        end = cluster.rule(lambda src, dst, message: LOST if isinstance(message, ArcListReply) else None)
+        await cluster.add(wait=False)
+        await until(lambda: all(node.topology and node.topology.in_transition for node in cluster.living()))
+        for node in cluster.living():
+            keeper, ring = node.antientropy.keeper, node.ring
+            assert ring is not None and keeper.held
+            settled = [span for span in keeper.held if not isinstance(ring.replicas_at(span[0]), JointSet)]
+            assert [(tree.first, tree.last) for tree in keeper.trees.trees] == settled != keeper.held
+        end()
+        await cluster.settled()
+        await built(cluster)
+        for node in cluster.living():
+            keeper = node.antientropy.keeper
+            assert [(tree.first, tree.last) for tree in keeper.trees.trees] == keeper.held
 
 
 async def test_many_changes_are_folded_without_an_exchange(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from agi.core.dht.protocol.messages import (
     Hello,
     Message,
     Put,
+    Scan,
     TopologyDigest,
     TopologyNews,
 )
@@ -510,13 +511,57 @@ async def test_a_folder_that_was_let_go_is_a_stranger() -> None:
         assert "n3" not in cluster.node(0).known_topology.by_id
 
 
+async def test_a_client_that_hears_that_a_node_does_not_serve_asks_others_at_once() -> None:
+    async with Cluster(4) as cluster:
+        client = await filled(cluster)
+        session = client._session
+        assert session is not None
+        cluster.node(3)._leaving = True
+        asked: list[str] = []
+        waited: list[DHTError] = []
+        session._later = lambda _, error: waited.append(error)  # type: ignore[method-assign]  # to see it
+        cluster.rule(lambda src, dst, message: asked.append(dst) if isinstance(message, Put | Scan) else None)
+        turns = 0
+        for key in KEYS:
+            await client.put(key, b"new")
+            assert len(await client.scan(key, 1)) == 1
+            turns += 1
+        assert not waited and len(asked) >= 2 * turns
+        assert 1 <= asked.count("n3") < turns / 4  # at most once between two answers about the topology
+
+
+async def test_a_node_fills_itself_without_pause_unless_requests_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Cluster(3) as cluster:
+        client = await filled(cluster)
+        migration = cluster.node(0).migration
+        me, paused, sleep = asyncio.current_task(), list[float](), asyncio.sleep
+
+        async def noted(delay: float, result: object = None) -> object:
+            if asyncio.current_task() is me and delay > 0.02:
+                paused.append(delay)
+            return await sleep(delay, result)
+
+        monkeypatch.setattr(asyncio, "sleep", noted)
+        await migration._requests_first()
+        paused.clear()
+        migration._resumed = cluster.node(0).clock.monotonic() - 0.1
+        await migration._requests_first()
+        assert paused == []
+        for filling, pause_s in ((1, 0.1), (3, 0.2), (30, 0.25)):
+            migration._filling = filling
+            await client.get_many(KEYS, consistency=Consistency.ALL)
+            migration._resumed = cluster.node(0).clock.monotonic() - 0.1
+            await migration._requests_first()
+            assert len(paused) == 1 and paused.pop() == pytest.approx(pause_s, rel=0.3)
+
+
 async def test_a_client_gives_a_leaving_node_no_more_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agi.core.dht.client.session.REFRESH_S", 0.02)
     async with Cluster(4) as cluster:
         client = await filled(cluster)
         end = cluster.rule(blocked)
         leaving = asyncio.ensure_future(client.leave("n3"))
-        await until(lambda: client._session is not None and client._session._leaving == {"n3"})
+        await until(lambda: client._session is not None and client._session._unready == {"n3"})
         asked: list[str] = []
         watching = cluster.rule(lambda src, dst, message: asked.append(dst) if isinstance(message, Put) else None)
         for key in KEYS:

@@ -498,3 +498,15 @@ def test_a_key_that_is_written_all_the_time_counts_what_the_store_holds_of_it() 
     store.fold()
     assert not store.trees.pending
     assert store.trees.total(range(len(RANGES))) == (contribution(key, record(key, 3)), 1)
+
+
+def test_ranges_that_lie_apart_are_built_together_up_to_a_bound() -> None:
+    """Each go looks at every pending key: a go for each of many ranges would look at them all many times."""
+    store = Store([(i * 100, i * 100 + 49) for i in range(64)])
+    store.trees.empty(())
+    assert store.trees.to_build(TOKENS) == []
+    for position in range(0, 64, 2):
+        store.trees.forget(position)
+    assert store.trees.to_build(TOKENS) == list(range(0, 64, 2))
+    assert store.trees.to_build(200) == [0, 2, 4, 6]
+    assert store.trees.to_build(1) == [0]

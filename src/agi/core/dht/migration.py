@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import random
 import struct
+from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -56,6 +57,10 @@ REPLY_TIMEOUT_S = 5.0
 SPANS_MAX = 256
 """Spans that one question names."""
 RETRY_FIRST_S, RETRY_MAX_S = 0.1, 2.0
+PAUSE_S_MAX = 0.25
+"""Between two steps of filling, for the sake of requests."""
+IDLE_S = 0.02
+"""Nobody asks for anything if there was no request for so long."""
 LISTS_MAX = 16
 """Lists that a node makes for others at a time."""
 _SPAN = struct.Struct(">QQ")
@@ -109,6 +114,10 @@ class Migration:
         self._own = own
         self._stale = stale
         self._rate = Rate(bytes_per_s, clock)
+        self._clock = clock
+        self._filling = 1
+        self._requests = 0
+        self._resumed = 0.0
         self._epoch = 0
         self._placement = ""
         self._settled = ""
@@ -124,9 +133,14 @@ class Migration:
         self.ready = not isinstance(ring, JointRing)
         if isinstance(ring, JointRing):
             work: Work = {}
+            filling: set[str] = set()
             for part in ring.partitions():
-                if isinstance(part.replicas, JointSet) and self._me in part.replicas.new:
-                    work.setdefault(part.replicas, []).extend(part.ranges())
+                if isinstance(part.replicas, JointSet):
+                    filling.update(part.replicas[len(part.replicas.old) :])
+                    if self._me in part.replicas.new:
+                        work.setdefault(part.replicas, []).extend(part.ranges())
+            self._filling = max(1, len(filling))
+            self._resumed = self._clock.monotonic()
             self.arcs = sum(map(len, work.values()))
             self._own(self._fill(topology.placement, work), "migration")
 
@@ -134,33 +148,61 @@ class Migration:
 
     async def _fill(self, placement: str, work: Work) -> None:
         await self._settle(placement)
-        for replicas, spans in work.items():
-            spans.sort()
-            enough = replicas.sources - (self._me in replicas.old)
-            merged: set[str] = set()
-            delay_s = RETRY_FIRST_S
-            while len(merged) < enough:
-                sources = [name for name in replicas.old if name != self._me and name not in merged]
-                self._rng.shuffle(sources)
-                sources.sort(key=lambda name: name not in self._peers.usable or name in self._peers.suspects)
-                for name in sources:
-                    if placement != self._placement:
-                        return
-                    try:
-                        await self._merge_from(name, spans, placement, gained=self._me not in replicas.old)
-                    except (DHTError, TimeoutError) as error:
-                        _log.info("arcs_not_merged", source=name, error=str(error) or "no answer in time")
-                        continue
-                    merged.add(name)
-                    delay_s = RETRY_FIRST_S
-                    break
-                else:
-                    await asyncio.sleep(delay_s * (0.5 + self._rng.random()))
-                    delay_s = min(RETRY_MAX_S, delay_s * 2)
-            self.arcs_done += len(spans)
+        left = deque(work.items())
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._fill_from(placement, left))
+            group.create_task(self._fill_idly(placement, left))
         if placement == self._placement:
             self.ready = True
             _log.info("filled", epoch=self._epoch, arcs=self.arcs, keys=self.keys, bytes=self.bytes)
+
+    async def _fill_from(self, placement: str, left: deque[tuple[JointSet, list[Span]]]) -> None:
+        while left and placement == self._placement:
+            await self._merge(placement, *left.popleft())
+
+    async def _fill_idly(self, placement: str, left: deque[tuple[JointSet, list[Span]]]) -> None:
+        """Where nobody asks for anything, others are asked while one answers."""
+        while left and placement == self._placement:
+            requests = self._keeper.requests
+            await asyncio.sleep(IDLE_S)
+            if left and requests == self._keeper.requests:
+                await self._merge(placement, *left.popleft())
+
+    async def _merge(self, placement: str, replicas: JointSet, spans: list[Span]) -> None:
+        """Merges these spans from enough of those who held them before."""
+        spans.sort()
+        enough = replicas.sources - (self._me in replicas.old)
+        merged: set[str] = set()
+        delay_s = RETRY_FIRST_S
+        while len(merged) < enough:
+            sources = [name for name in replicas.old if name != self._me and name not in merged]
+            self._rng.shuffle(sources)
+            sources.sort(key=lambda name: name not in self._peers.usable or name in self._peers.suspects)
+            for name in sources:
+                if placement != self._placement:
+                    return
+                try:
+                    await self._merge_from(name, spans, placement, gained=self._me not in replicas.old)
+                except (DHTError, TimeoutError) as error:
+                    _log.info("arcs_not_merged", source=name, error=str(error) or "no answer in time")
+                    continue
+                merged.add(name)
+                delay_s = RETRY_FIRST_S
+                break
+            else:
+                await asyncio.sleep(delay_s * (0.5 + self._rng.random()))
+                delay_s = min(RETRY_MAX_S, delay_s * 2)
+        self.arcs_done += len(spans)
+
+    async def _requests_first(self) -> None:
+        """While requests come, this node does nothing for as long as it has just been filling itself, and half as long
+        again for each other node that fills itself now: about one of them is in the way of the requests at a time."""
+        await self._keeper.turn()
+        now, requests = self._clock.monotonic(), self._keeper.requests
+        if requests != self._requests:
+            self._requests = requests
+            await asyncio.sleep(min(PAUSE_S_MAX, (now - self._resumed) * (1 + self._filling) / 2))
+        self._resumed = self._clock.monotonic()
 
     async def _settle(self, placement: str) -> None:
         """Every write that was taken under the old epoch is in the store: from now on lists tell of it."""
@@ -201,6 +243,7 @@ class Migration:
                 if gained:
                     self._reclaimer.foresee(floors)
                 await self._rate.spend(len(reply.entries))
+                await self._requests_first()
                 up_to = None if reply.complete else listed[-1][0]
                 mine = await self._mine(left, up_to)
                 if wanted := self._lacking(mine, listed):
@@ -257,25 +300,34 @@ class Migration:
             await self._replica.purge([entry.key for entry in late], [entry.header for entry in late])
 
     async def _fetch(self, name: str, tokens: list[int], placement: str) -> None:
+        """Brings these records; while some are stored the next ones are on their way."""
         at = 0
-        while at < len(tokens):
-            if placement != self._placement:
-                raise NotReady("the change is over")
-            some = tokens[at : at + SEND_KEYS_MAX]
-            packed = struct.pack(f"<{len(some)}Q", *some)
-            async with asyncio.timeout(REPLY_TIMEOUT_S):
-                reply = await self._calls.call(name, TreeFetch(0, self._epoch, f"migration:{self._me}", packed))
-            assert isinstance(reply, TreeFetchReply)
-            if reply.taken < 1 or len(reply.keys) != len(reply.records):
-                raise ProtocolMismatch(f"{name} sent no records")
-            if reply.keys:
-                await self._keeper.store(reply.keys, reply.records, FILL)
-            size = sum(map(len, reply.keys)) + sum(map(len, reply.records))
-            self.keys += len(reply.keys)
-            self.bytes += size
-            at += reply.taken
-            await self._rate.spend(size)
-            await self._keeper.turn()
+        storing: asyncio.Future[None] | None = None
+        try:
+            while at < len(tokens):
+                if placement != self._placement:
+                    raise NotReady("the change is over")
+                some = tokens[at : at + SEND_KEYS_MAX]
+                packed = struct.pack(f"<{len(some)}Q", *some)
+                async with asyncio.timeout(REPLY_TIMEOUT_S):
+                    reply = await self._calls.call(name, TreeFetch(0, self._epoch, f"migration:{self._me}", packed))
+                assert isinstance(reply, TreeFetchReply)
+                if reply.taken < 1 or len(reply.keys) != len(reply.records):
+                    raise ProtocolMismatch(f"{name} sent no records")
+                if storing is not None:
+                    await self._keeper.stored(storing)
+                    storing = None
+                if reply.keys:
+                    storing = self._keeper.storing(reply.keys, reply.records, FILL)
+                size = sum(map(len, reply.keys)) + sum(map(len, reply.records))
+                self.keys += len(reply.keys)
+                self.bytes += size
+                at += reply.taken
+                await self._rate.spend(size)
+                await self._requests_first()
+        finally:
+            if storing is not None:
+                await self._keeper.stored(storing)
 
     # --- answers to others
 

@@ -198,6 +198,11 @@ class Replica:
             return
         done(headers, self.unsettled(), None)
 
+    @property
+    def asked(self) -> int:
+        """Keys that were read or written here since the node started, whoever asked."""
+        return self._metrics.replica_reads + self._metrics.replica_writes
+
     async def settle(self) -> None:
         """Returns when every write that was taken before this call is in the store, and synced where groups are. Raises
         StorageError kinds, TimeoutError."""
@@ -236,17 +241,24 @@ class Replica:
             done(Page([], False), StorageError("the store did not answer a scan in time").to_wire())
             return
         keys = [key for key, _ in page.items]
-        shown = self._normal(keys, [record for _, record in page.items], mark=True)
-        items = [(key, record) for key, record in zip(keys, shown, strict=True) if record is not None]
-        page = Page(items, page.complete)
+
+        def told(records: list[bytes | None], error: WireError | None) -> None:
+            items = [(key, record) for key, record in zip(keys, records, strict=error is None) if record is not None]
+            done(Page(items, page.complete and error is None), error)
+
+        self.tell_scanned(keys, [record for _, record in page.items], told, mark=True)
+
+    def tell_scanned(self, keys: list[bytes], records: list[bytes | None], done: ReadDone, *, mark: bool) -> None:
+        """What a scan of the store has met, as `read` shows it, once it is synced."""
+        records = self._normal(keys, records, mark)
         commit = self._commit
-        if commit is None or (commit.idle and commit.error is None):
-            done(page, None)
+        if commit is None or (commit.error is None and commit.waiting.keys().isdisjoint(keys)):
+            done(records, None)
             return
-        try:  # the scan may have seen what is not synced yet
-            commit.park(lambda error: done(page, None) if error is None else done(Page([], False), error.to_wire()))
+        try:
+            commit.park(lambda error: done(records, None) if error is None else done([], error.to_wire()))
         except DHTError as error:
-            done(Page([], False), error.to_wire())
+            done([], error.to_wire())
 
     def _normal(self, keys: list[bytes], records: list[bytes | None], mark: bool) -> list[bytes | None]:
         """Expired records in their shrunk form, as every replica shows them once the skew has passed (V4)."""

@@ -99,11 +99,8 @@ class TreeAnswers:
             self._begun(name, message)
             return answer_root(keeper.trees, keeper.shared(name, (message.first, message.last)), message)
         if isinstance(message, TreeFetch):
-            keys, taken = await keeper.keys_at(tokens_of(message))
-            await keeper.turn()
-            records = await keeper.read(keys)
-            found = [(key, record) for key, record in zip(keys, records, strict=True) if record is not None]
-            return TreeFetchReply(message.id, [key for key, _ in found], [record for _, record in found], taken)
+            keys, records, taken = await keeper.records_at(tokens_of(message))
+            return TreeFetchReply(message.id, keys, records, taken)
         shared = keeper.shared(name, (message.first, message.last))
         if isinstance(message, TreeNodes):
             return answer_nodes(keeper.trees, shared, message)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from operator import lt
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import structlog
 
@@ -32,14 +33,15 @@ CUT_TOKENS = 1 << 57
 """Ranges are cut at multiples of this, so that none is more than 1/128 of the ring, however few virtual nodes there
 are: while a range is built its changes wait."""
 BUILD_KEYS = 16_384
-"""Keys of one building step, unless one range alone has more."""
+"""Keys that are built into trees in one go, unless one range alone has more. Each go looks at all pending keys, and
+those of the ranges that it builds wait for its end."""
 FOLD_STEP = 256
 """Keys folded between two turns of the event loop (0.4 ms); more if many wait."""
 PAGE_KEYS_MAX = 256
 PAGE_BYTES = 1 << 20
 """A scan reads so many records at a time, fewer once it has met large ones."""
 RECORDS_A_TURN = 256
-"""A listing gives the event loop its turn after so many records (1.5 ms)."""
+"""A listing, or a scan, gives the event loop its turn after so many records (1.5 ms)."""
 SPAN_RECORDS = 8
 """What another span costs, in records."""
 BUSY_S, BREATH_S_MAX = 0.001, 0.02
@@ -49,6 +51,7 @@ RETRY_S = 1.0
 BURST_S = 0.25
 """How far what is held to a rate may run ahead of it."""
 
+_T = TypeVar("_T")
 Own: TypeAlias = Callable[[Coroutine[Any, Any, None], str], None]
 
 
@@ -74,6 +77,8 @@ class TreeKeeper:
         keys_per_s: how many keys a scan may read.
 
     Attributes:
+        held: what this node holds, in token order; what it is to hold, too, while a change is under way.
+        moved: keys that were read or stored here for the background's sake.
         partners: other node -> positions of the ranges that it holds too and that are not changing hands, in token
             order.
         adopted: raised whenever positions change their meaning.
@@ -81,6 +86,8 @@ class TreeKeeper:
     """
 
     def __init__(self, node_id: str, replica: Replica, clock: Clock, own: Own, keys_per_s: float) -> None:
+        self.held: list[Span] = []
+        self.moved = 0
         self.partners: dict[str, list[int]] = {}
         self.adopted = 0
         self.built = 0
@@ -93,6 +100,7 @@ class TreeKeeper:
         self._token_of: Callable[[bytes], bytes] = bytes
         self._folding = asyncio.Lock()
         self._background = asyncio.Lock()
+        self._before = 0
         self._work = asyncio.Event()
         self._page_keys = PAGE_KEYS_MAX
 
@@ -107,18 +115,19 @@ class TreeKeeper:
         self._own(self._keep(), "hash trees")
 
     def adopt(self, ring: Ring | JointRing) -> None:
-        """Another ring counts. Ranges that it leaves as they are keep their trees."""
+        """Another ring counts. Ranges that it leaves as they are keep their trees. What is changing hands has none: the
+        change itself fills all of its new replicas, and repair would send everything once more."""
         trees, partners = self.trees, dict[str, list[int]]()
-        held = sorted(
+        mine = sorted(
             (bounds, part.replicas) for part in ring.partitions() if self._me in part.replicas for bounds in _cut(part)
         )
-        if [(tree.first, tree.last) for tree in trees.trees] != [bounds for bounds, _ in held]:
-            trees.adopt(bounds for bounds, _ in held)
+        self.held = [bounds for bounds, _ in mine]
+        settled = [(bounds, replicas) for bounds, replicas in mine if not isinstance(replicas, JointSet)]
+        if [(tree.first, tree.last) for tree in trees.trees] != [bounds for bounds, _ in settled]:
+            trees.adopt(bounds for bounds, _ in settled)
             self.adopted += 1
             self._work.set()
-        for position, (_, replicas) in enumerate(held):
-            if isinstance(replicas, JointSet):
-                continue  # the change itself fills all of its new replicas: repair would send everything once more
+        for position, (_, replicas) in enumerate(settled):
             for name in replicas:
                 if name != self._me:
                     partners.setdefault(name, []).append(position)
@@ -149,11 +158,6 @@ class TreeKeeper:
         """The store was changed behind the node's back: all trees are built anew."""
         self.trees.lose()
         self._work.set()
-
-    @property
-    def held(self) -> list[Span]:
-        """What this node holds, in token order."""
-        return [(tree.first, tree.last) for tree in self.trees.trees]
 
     def shared(self, name: str, bounds: Span) -> list[int]:
         """Positions of the ranges that this node holds too and that these tokens touch."""
@@ -198,15 +202,22 @@ class TreeKeeper:
     async def _build(self, positions: list[int], density: float) -> None:
         trees, adopted = self.trees, self.adopted
         trees.begin(positions, density, self._replica.unsettled())
-        span = (trees.trees[positions[0]].first, trees.trees[positions[-1]].last)
+        spans = [(trees.trees[position].first, trees.trees[position].last) for position in positions]
+        since = 0
         try:
-            page, after = Page([], False), None
-            while not page.complete and adopted == self.adopted:
-                page = await self._page(span, after)
-                if page.items and adopted == self.adopted:
-                    trees.page(page.items)
-                    after = page.items[-1][0]
-                    await self._scans.spend(len(page.items))
+            for span in joined(spans):
+                page, after = Page([], False), None
+                while not page.complete and adopted == self.adopted:
+                    if since >= RECORDS_A_TURN:
+                        since = 0
+                        await self.turn()
+                        continue  # it may be another ring's by now
+                    page = await self._page(span, after)
+                    since += len(page.items) + SPAN_RECORDS
+                    if page.items and adopted == self.adopted:
+                        trees.page(page.items)
+                        after = page.items[-1][0]
+                        await self._scans.spend(len(page.items))
         except BaseException:
             if adopted == self.adopted:
                 trees.abort(positions)
@@ -280,9 +291,10 @@ class TreeKeeper:
                 after = page.items[-1][0] if page.items else None
         return found, None
 
-    async def keys_at(self, tokens: Sequence[int]) -> tuple[list[bytes], int]:
-        """The keys with these tokens, up to SEND_BYTES of records; and how many of the tokens were looked at."""
-        keys: list[bytes] = []
+    async def records_at(self, tokens: Sequence[int]) -> tuple[list[bytes], list[bytes], int]:
+        """The keys with these tokens and their records, up to SEND_BYTES of them; and how many of the tokens were
+        looked at."""
+        found: list[tuple[bytes, bytes]] = []
         size = taken = since = 0
         together = all(map(lt, tokens, tokens[1:]))
         while taken < len(tokens) and size <= SEND_BYTES:
@@ -291,24 +303,35 @@ class TreeKeeper:
                 items, settled, together = await self._side_by_side(tokens[taken:])
             if not settled:
                 items, settled = (await self._page((tokens[taken], tokens[taken]), None)).items, 1
-            keys += [key for key, _ in items]
+            found += items
             size += sum(len(record) for _, record in items)
             taken += settled
             since += settled + SPAN_RECORDS
             if since >= RECORDS_A_TURN:
                 since = 0
                 await self.turn()
-        return keys, taken
+        told: asyncio.Future[list[bytes | None]] = asyncio.get_running_loop().create_future()
+        keys = [key for key, _ in found]
+        self._replica.tell_scanned(keys, [record for _, record in found], partial(_tell, told), mark=False)
+        records = await self._in_time(told)
+        return keys, [record for record in records if record is not None], taken
 
     async def turn(self) -> None:
-        """Lets the event loop do what else there is, and leaves it as long again where that was much: requests are not
-        to wait for what runs in the background, neither in this process nor, for a processor, in others."""
+        """Lets the event loop do what else there is, and leaves it as long again where that was much and requests come:
+        they are not to wait for what runs in the background, neither in this process nor, for a processor, in others.
+        """
         async with self._background:  # one after the other
             began = self._clock.monotonic()
             await asyncio.sleep(0)
             busy_s = self._clock.monotonic() - began
-            if busy_s > BUSY_S:
+            before, self._before = self._before, self.requests
+            if busy_s > BUSY_S and before != self._before:
                 await asyncio.sleep(min(BREATH_S_MAX, busy_s))
+
+    @property
+    def requests(self) -> int:
+        """Keys that were read or written here by requests."""
+        return self._replica.asked - self.moved
 
     async def _side_by_side(self, tokens: Sequence[int]) -> tuple[list[tuple[bytes, bytes]], int, bool]:
         """One page of the store, from the first of these ascending tokens on: what of it they name, how many of them
@@ -325,26 +348,37 @@ class TreeKeeper:
     async def read(self, keys: list[bytes]) -> list[bytes | None]:
         """As coordinators read: what is not synced yet is not told."""
         found: asyncio.Future[list[bytes | None]] = asyncio.get_running_loop().create_future()
-
-        def done(records: list[bytes | None], error: WireError | None) -> None:
-            if not found.done():
-                found.set_result(records) if error is None else found.set_exception(from_wire(*error))
-
-        self._replica.read(keys, done, mark=False)
-        async with asyncio.timeout(STORE_TIMEOUT_S):
-            return await found
+        self.moved += len(keys)
+        self._replica.read(keys, partial(_tell, found), mark=False)
+        return await self._in_time(found)
 
     async def store(self, keys: list[bytes], records: list[bytes], mode: int = REPAIR) -> None:
         """Merges what a peer had."""
+        await self.stored(self.storing(keys, records, mode))
+
+    def storing(self, keys: list[bytes], records: list[bytes], mode: int) -> asyncio.Future[None]:
+        """Begins to merge what a peer had; `stored` waits for it."""
         stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def written(superseded: object, live: object, error: WireError | None) -> None:
             if not stored.done():
                 stored.set_result(None) if error is None else stored.set_exception(from_wire(*error))
 
+        self.moved += len(keys)
         self._replica.write(mode, keys, records, False, written)
+        return stored
+
+    async def stored(self, storing: asyncio.Future[None]) -> None:
+        await self._in_time(storing)
+
+    async def _in_time(self, answer: asyncio.Future[_T]) -> _T:
         async with asyncio.timeout(STORE_TIMEOUT_S):
-            await stored
+            return await answer
+
+
+def _tell(waiting: asyncio.Future[_T], value: _T, error: WireError | None) -> None:
+    if not waiting.done():
+        waiting.set_result(value) if error is None else waiting.set_exception(from_wire(*error))
 
 
 def _cut(part: Partition) -> Iterator[Span]:

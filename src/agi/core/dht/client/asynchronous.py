@@ -14,6 +14,7 @@ from agi.core.dht.client.conditional import checked_version
 from agi.core.dht.client.locks import LockCalls
 from agi.core.dht.client.members import MemberStates, StatusCallback
 from agi.core.dht.client.repairs import order_repairs
+from agi.core.dht.client.scanning import scan_page
 from agi.core.dht.client.session import Session
 from agi.core.dht.clock import Clock, SystemClock
 from agi.core.dht.errors import BatchError, ClientClosed, DHTError, InvalidRequest, Overloaded
@@ -428,14 +429,14 @@ class DHTClient(MembershipCalls, LockCalls):
         self, low: bytes, high: bytes, size: int, level: Consistency, timeout_s: float, *, keys_only: bool = False
     ) -> tuple[list[tuple[str, bytes]], bytes]:
         """One page of a scan and where the next begins (empty: nowhere)."""
-        page = await self._live().scan(Scan(0, level, 0, low, high, size, keys_only), timeout_s)
+        page = await scan_page(self._live(), Scan(0, level, 0, low, high, size, keys_only), timeout_s)
         return [(k.decode(), r[HEADER:]) for k, r in zip(page.keys, page.records, strict=True)], page.next
 
     async def _entries(
         self, low: bytes, high: bytes, size: int, level: Consistency, timeout_s: float
     ) -> tuple[list[Entry], bytes]:
         """`_page` with versions and times."""
-        page = await self._live().scan(Scan(0, level, 0, low, high, size), timeout_s)
+        page = await scan_page(self._live(), Scan(0, level, 0, low, high, size), timeout_s)
         return [_entry(k.decode(), r) for k, r in zip(page.keys, page.records, strict=True)], page.next
 
     # --- the cluster

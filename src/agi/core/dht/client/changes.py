@@ -280,6 +280,5 @@ class MembershipCalls(abc.ABC):
         watch = Watch(self.topology, self.status, on_progress)
         await watch.begin()
         begun = await order_change(self._live(), self._besides(order.get("node", "")), order)
-        if not begun["in_transition"]:
-            return await self.topology()
-        return await watch.until_done(begun["epoch"], timeout)
+        over_before = begun["epoch"] - (not begun["in_transition"])  # who is asked next need not know of it yet
+        return await watch.until_done(over_before, timeout)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from agi.core.dht.client.batches import Batch
 from agi.core.dht.client.routing import readers
-from agi.core.dht.errors import Overloaded, TransportError
+from agi.core.dht.errors import Overloaded, StaleEpoch, TransportError
 from agi.core.dht.protocol.consensus import as_plain, state_of
 from agi.core.dht.protocol.latency import Quantile
 from agi.core.dht.protocol.messages import ReplicaRead, ReplicaReadReply
@@ -158,6 +158,8 @@ class DirectReads:
         read = self._reads.get(reply.id)
         if read is None or node not in read.waiting:
             return
+        if reply.error is not None and reply.error[0] == StaleEpoch.code:
+            self._session.outdated.set()
         if reply.error is not None or not read.add(node, reply.records) or not read.waiting:
             self._end(reply.id)
 

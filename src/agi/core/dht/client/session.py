@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ _log = logging.getLogger("agi.core.dht.client")
 
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 1.0
-REFRESH_S = 2.0
+REFRESH_S, REFRESH_MIN_S = 2.0, 0.1
 QUERY_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 2.0
 """How long `close` waits for the other ends of its links; they cut themselves off before that."""
@@ -87,6 +87,7 @@ class Session:
 
     Attributes:
         write_s: what half of the small writes take at most, of late.
+        outdated: set once a node tells of another topology than the one known here.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Session:
         self._cluster = cluster
         self._pool_size = pool_size
         self._retries_asked = retry_count
-        self._retry_count = retry_count or 0
+        self.retry_count = retry_count or 0
         self._retry_unknown = retry_unknown
         self._unix = unix
         self.settled = on_settled
@@ -141,7 +142,8 @@ class Session:
         self.epoch = 0
         self.replica_count = 0
         self.direct_reads = True  # not while members change: coordinators know both replica sets
-        self._leaving: set[str] = set()
+        self.outdated = asyncio.Event()
+        self._unready: set[str] = set()
         self.ring: Ring | None = None
         """None while every node holds every key."""
         self.topology: dict[str, Any] = {}
@@ -207,14 +209,14 @@ class Session:
         self._on_members(topology["members"])
         self._cluster = self._cluster or topology["cluster"]
         if self._retries_asked is None:
-            self._retry_count = topology["retry_count"]
+            self.retry_count = topology["retry_count"]
         self.read_consistency = Consistency.parse(topology["read_consistency"])
         self.write_consistency = Consistency.parse(topology["write_consistency"])
         members = {member["node_id"]: member for member in topology["members"]}
         self.epoch, states = topology["epoch"], [member["state"] for member in members.values()]
         self.replica_count = min(topology["factor"], len(states) - states.count("joining"))
         self.direct_reads = not topology["in_transition"]
-        self._leaving = {name for name, member in members.items() if member["state"] == "leaving"}
+        self._unready = {name for name, member in members.items() if member["state"] == "leaving"}
         for name in [name for name in self.nodes if name not in members]:
             self._drop(self.nodes.pop(name))
         for name, member in members.items():
@@ -231,13 +233,26 @@ class Session:
         }:
             self.ring = ring_of(topology)
 
+    def unready(self, node_id: str) -> bool:
+        """That node says that it does not serve: it leaves, or is not there yet. Others are asked from now on, and the
+        topology anew. False where that is no news."""
+        self.outdated.set()
+        news = node_id not in self._unready
+        self._unready.add(node_id)
+        return news
+
     async def _refresh(self) -> None:
         """Keeps up with the cluster: asks a connected node, or any address ever known."""
         while True:
-            await asyncio.sleep(REFRESH_S * (0.75 + self._rng.random() / 2))
+            await asyncio.sleep(REFRESH_MIN_S * (0.5 + self._rng.random()))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REFRESH_S * (0.75 + self._rng.random() / 2)):
+                    await self.outdated.wait()
+            self.outdated.clear()
             try:
                 if self.up:
-                    self.adopt(await self.query(self.up[self._rng.randrange(len(self.up))].node_id, "topology"))
+                    start, up = self.coordinators()
+                    self.adopt(await self.query(up[start].node_id, "topology"))
                 else:
                     known = [*self.addresses, *(remote.address for remote in self.nodes.values())]
                     async with asyncio.timeout(QUERY_TIMEOUT_S):
@@ -402,18 +417,22 @@ class Session:
         """Sends a batch to a coordinator after all."""
         self._coordinate(batch, set())
 
-    def _coordinate(self, batch: Batch, avoid: set[str]) -> None:
+    def coordinators(self, avoid: Collection[str] = ()) -> tuple[int, list[Remote]]:
+        """Connected nodes that are expected to answer, but for those to avoid, if there are others; and at which of
+        them to begin in this turn."""
         self._turn += 1
-        if self._leaving:  # they would only say that they are not ready
-            avoid = avoid | self._leaving
-        if self.silence.nodes:
-            avoid = avoid | {remote.node_id for remote in self.silence.nodes}
-        up = [remote for remote in self.up if remote.node_id not in avoid] or self.up
+        if self._unready or self.silence.nodes:
+            avoid = {*avoid, *self._unready, *(remote.node_id for remote in self.silence.nodes)}
+        up = [remote for remote in self.up if remote.node_id not in avoid] if avoid else self.up
+        up = up or self.up
+        return self._turn % len(up) if up else 0, up
+
+    def _coordinate(self, batch: Batch, avoid: set[str]) -> None:
+        start, up = self.coordinators(avoid)
         if not up:
             self._later(batch, Unavailable("no node is reachable"))
             return
         names = [remote.node_id for remote in up]
-        start = self._turn % len(names)
         if batch.kind >= Kind.UPDATE:
             by_node = by_key(batch.keys, names, self.ring)
         elif self.ring is None:
@@ -451,7 +470,7 @@ class Session:
         """Nothing was written: try another node while that is worth it."""
         batch.attempts += 1
         # a node that is not ready yet is waited for, however often
-        tried_enough = batch.attempts > self._retry_count and not isinstance(error, NotReady)
+        tried_enough = batch.attempts > self.retry_count and not isinstance(error, NotReady)
         now = self.clock.monotonic()
         left_s = batch.deadline - now
         if 0 < batch.sent < now - left_s and not isinstance(error, TransportError):
@@ -484,7 +503,7 @@ class Session:
         again = batch.movable if wait else self._retry_unknown or batch.kind >= Kind.UPDATE
         for op in batch.ops:
             op.retry = True
-        if again and at < batch.deadline and batch.attempts < self._retry_count:
+        if again and at < batch.deadline and batch.attempts < self.retry_count:
             batch.attempts += 1
             if at > now:
                 self._delayed[batch] = self._loop.call_later(at - now, self._retry, batch)
@@ -569,7 +588,10 @@ class Session:
             self.submit(batch)  # the rest of a reply that was cut
         elif isinstance(error, NotReady):
             batch.attempts += 1
-            self._later(batch, error)  # a cluster that forms or resumes: worth the whole timeout
+            if self.unready(batch.node):
+                self._route(batch, {batch.node})
+            else:
+                self._later(batch, error)  # a cluster that forms or resumes: worth the whole timeout
         else:
             self._again(batch, error)
 
@@ -612,34 +634,6 @@ class Session:
         if reply.error is not None:
             raise from_wire(*reply.error)
         return msgspec.msgpack.decode(reply.body)
-
-    async def scan(self, request: Scan, timeout_s: float) -> ScanReply:
-        """One page. Tries other nodes on retryable errors until the deadline."""
-        deadline = self.clock.monotonic() + timeout_s
-        attempts = 0
-        error: DHTError = Unavailable("no node is reachable")
-        while True:
-            if self.closed:
-                raise ClientClosed("the client is closed")
-            left_s = deadline - self.clock.monotonic()
-            if self.up and left_s > 0:
-                self._turn += 1
-                remote = self.up[self._turn % len(self.up)]
-                request.timeout_ms = max(1, int(left_s * 1000 - min(150, left_s * 250)))
-                try:
-                    reply = await self.call(remote.links[0], remote.node_id, request, left_s)
-                    assert isinstance(reply, ScanReply)
-                    if reply.error is None:
-                        return reply
-                    error = from_wire(*reply.error)
-                except DHTError as failure:
-                    error = failure
-            attempts += 1
-            left_s = deadline - self.clock.monotonic()
-            tried_enough = attempts > self._retry_count and not isinstance(error, NotReady)
-            if not error.retryable or tried_enough or left_s <= 0:
-                raise error
-            await asyncio.sleep(min(0.5, 0.02 * 2 ** min(attempts, 10), max(0.0, left_s)))
 
     async def call(self, link: Link, name: str, message: Query | Scan | Watch, timeout_s: float) -> Message:
         self._ids += 1

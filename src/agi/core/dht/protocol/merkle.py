@@ -256,24 +256,24 @@ class HashTrees:
     # --- building
 
     def to_build(self, tokens_max: int) -> list[int]:
-        """Positions of ranges to be built in one scan: neighbours that are unknown, at most so many tokens of them but
-        at least one, else one that has outgrown its leaves. Empty if there are none."""
-        trees = self.trees
-        for position, tree in enumerate(trees):
-            if not tree.known:
-                found = [position]
-                for following in range(position + 1, len(trees)):
-                    after = trees[following]
-                    apart = after.first != trees[following - 1].last + 1
-                    if after.known or apart or after.last - tree.first >= tokens_max:
+        """Positions of ranges to be built together, in token order: unknown ones, at most so many tokens of them but at
+        least one; where there are none, such as have outgrown their leaves."""
+        for wanted in (lambda tree: not tree.known, lambda tree: tree.outgrown):
+            found: list[int] = []
+            tokens = 0
+            for position, tree in enumerate(self.trees):
+                if wanted(tree):
+                    tokens += tree.width
+                    if found and tokens > tokens_max:
                         break
-                    found.append(following)
+                    found.append(position)
+            if found:
                 return found
-        return next(([position] for position, tree in enumerate(trees) if tree.outgrown), [])
+        return []
 
     def begin(self, positions: Iterable[int], keys_per_token: float, unsettled: Iterable[bytes]) -> None:
         """The scan of these ranges begins; so many keys a token are expected. `unsettled`: as for `fold`, of the whole
-        store; the scan may not meet what they will be."""
+        store; the scan may not meet what they will be. It costs a look at every pending key."""
         pending, chosen = self.pending, set(positions)
         for key in unsettled:
             pending.setdefault(key, 0)
