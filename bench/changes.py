@@ -6,7 +6,7 @@ Three nodes with RocksDB, N=3, QUORUM, are filled. While callers read and write,
 killed and another takes its place, and each is stopped and started in its turn. Then one node misses a hundredth of all
 keys and is repaired. Said are: calls, errors and latency before and during each change (a newcomer's process starts
 before it joins, and takes a processor for that), how long it took, the bytes that it moved against the share that a
-newcomer must get, and what the repair sent against what differed.
+newcomer must get, and what the repair sent against what differed; and how fast a newcomer is filled without load.
 """
 
 from __future__ import annotations
@@ -169,6 +169,27 @@ async def _moved(client: DHTClient, load: Load) -> dict[str, Any]:
     }
 
 
+async def stream(load: Load) -> dict[str, Any]:
+    """A newcomer is filled without load: from the epoch that takes it in to the one that it serves in."""
+    settings = {"repair.interval_ms": "3600000"}
+    with tempfile.TemporaryDirectory(prefix="dht-bench-") as folder:
+        async with LocalCluster(3, Path(folder), settings=settings) as cluster, DHTClient(timeout=30.0) as client:
+            await client.connect(cluster.addresses)
+            await preload(client, load)
+            await asyncio.sleep(CALM_S)
+            adding = asyncio.create_task(cluster.add_node())
+            async with asyncio.timeout(WAIT_S):
+                while not (await client.topology())["in_transition"]:  # noqa: ASYNC110  # only asking tells
+                    await asyncio.sleep(0.02)
+                began = time.perf_counter()
+                while (await client.topology())["in_transition"]:  # noqa: ASYNC110  # as above
+                    await asyncio.sleep(0.05)
+                seconds = time.perf_counter() - began
+            await adding
+            moved = await _moved(client, load)
+    return {"seconds": round(seconds, 2), "mb_per_s": round(moved["bytes_moved"] / 1e6 / seconds, 1)} | moved
+
+
 async def repair(load: Load) -> dict[str, Any]:
     """n2 misses some writes, of which nobody keeps a hint; then it is repaired, and once more when all is equal."""
     settings = {"repair.interval_ms": "0", "hints.bytes_max_mb": "0"}
@@ -223,6 +244,8 @@ def show(found: dict[str, Any]) -> None:
         f"{join['of_ideal_share']:.2f} of the ideal share, {join['bytes_moved'] / 1e6 / join['seconds']:.1f} MB/s over "
         "the whole join"
     )
+    idle = found["join without load"]
+    print(f"without load: {idle['bytes_moved'] / 1e6:.1f} MB in {idle['seconds']} s, {idle['mb_per_s']} MB/s")
     print("repair: " + ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in found["repair"].items()))
 
 
@@ -237,6 +260,7 @@ def main() -> None:
     load.check()
     print(f"{os.cpu_count()} CPUs, {platform.platform()}, Python {platform.python_version()}", file=sys.stderr)
     found = uvloop.run(measure(load, given.callers))
+    found["join without load"] = uvloop.run(stream(load))
     found["repair"] = uvloop.run(repair(load))
     if given.json is not None:
         given.json.write_text(json.dumps(found, indent=1) + "\n")

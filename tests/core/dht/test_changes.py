@@ -511,6 +511,20 @@ async def test_a_folder_that_was_let_go_is_a_stranger() -> None:
         assert "n3" not in cluster.node(0).known_topology.by_id
 
 
+async def test_who_is_to_gain_arcs_makes_room_before_the_change_and_not_while_requests_wait_for_it() -> None:
+    async with Cluster(3) as cluster:
+        client = await filled(cluster)
+        await cluster.add()
+        await cluster.settled()
+        left_over = sum(cluster.held(key)[i] is not None for key in KEYS for i in {0, 1, 2} - set(cluster.holders(key)))
+        assert left_over > len(KEYS) / 4
+        with capture_logs() as logs:
+            await client.leave("n3")
+        assert not [entry for entry in logs if entry["event"] in ("room_made", "room_not_made")]
+        assert placed(cluster)
+        assert sum(node.reclaimer.dropped for node in cluster.living()) == left_over
+
+
 async def test_a_client_that_hears_that_a_node_does_not_serve_asks_others_at_once() -> None:
     async with Cluster(4) as cluster:
         client = await filled(cluster)

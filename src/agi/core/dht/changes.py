@@ -29,7 +29,7 @@ from agi.core.dht.errors import (
 )
 from agi.core.dht.joint import JointRing, JointSet, majority
 from agi.core.dht.plans import plan, plan_recovery
-from agi.core.dht.protocol.messages import ChangeState, ChangeStateReply, Hello
+from agi.core.dht.protocol.messages import ChangeState, ChangeStateReply, Hello, Query
 from agi.core.dht.protocol.versioning import node_hash
 from agi.core.dht.ring import VNODES_MAX, check_node_hashes
 from agi.core.dht.tasks import all_of
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 _log = structlog.get_logger("agi.core.dht.changes")
 
 PROPOSE_TIMEOUT_S = 5.0
+ROOM_S = 4.0
+"""How long a change waits beforehand for members to make room."""
 RECOVER_TIMEOUT_S = 8.0
 STEP_S = 0.5
 """How often voters look whether the change under way is complete, on average."""
@@ -327,7 +329,34 @@ class Changes:
     async def _propose(self, change: Callable[[Topology], Topology | None]) -> Topology:
         agreement = self._node.epochs.agreement
         assert agreement is not None, "the node has not formed"
+        try:
+            planned = change(self._node.known_topology)
+        except DHTError:
+            planned = None  # the proposal itself will tell, by the newest topology
+        if planned is not None:
+            await self._have_room_made(planned)
         return await agreement.propose(change, PROPOSE_TIMEOUT_S)
+
+    async def _have_room_made(self, planned: Topology) -> None:
+        """Whoever is to gain something first drops what is left of what it held there before. It does so when it adopts
+        the change, too (T10); but then requests wait for it."""
+        ring = planned.ring()
+        if not isinstance(ring, JointRing):
+            return
+        sets = {part.replicas for part in ring.partitions() if isinstance(part.replicas, JointSet)}
+        gaining = {name for replicas in sets for name in set(replicas.new).difference(replicas.old)}
+        await all_of(self._make_room(name) for name in sorted(gaining & self._node.known_topology.by_id.keys()))
+
+    async def _make_room(self, name: str) -> None:
+        node = self._node
+        try:
+            async with asyncio.timeout(ROOM_S):
+                if name == node.node_id:
+                    await node.reclaimer.drop_leftovers()
+                else:
+                    await node.calls.call(name, Query(0, "room", int(ROOM_S * 1000)))
+        except (DHTError, TimeoutError) as error:
+            _log.info("room_not_made", member=name, error=str(error) or "not in time")
 
     # --- bringing a change to its end
 

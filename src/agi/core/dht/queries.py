@@ -91,6 +91,9 @@ class Queries:
             return msgspec.msgpack.encode(node.antientropy.repair(_bounds(key)))
         if what == "change":
             return msgspec.msgpack.encode(await node.changes.order(_order(key)))
+        if what == "room":
+            await node.reclaimer.drop_leftovers()
+            return msgspec.msgpack.encode({})
         if what == "repair_state":
             return msgspec.msgpack.encode(node.antientropy.repair_state())
         if what == "locate" and key:

@@ -408,7 +408,7 @@ class Reclaimer:
         node = self._node
         if not isinstance(node.ring, Ring):
             return
-        held, placement = node.antientropy.keeper.held, node.known_topology.placement
+        held = node.antientropy.keeper.held
         dead, oldest_ms = 0, 0
         absent: dict[bytes, bytes] = {}
         expired: list[bytes] = []
@@ -427,6 +427,14 @@ class Reclaimer:
         self.dead, self.oldest_dead_ms = dead, oldest_ms
         self._absent = dict(islice(absent.items(), RETIRE_MAX))
         self._end(expired)
+        await self.drop_leftovers()
+
+    async def drop_leftovers(self) -> None:
+        """Drops what this node has of arcs that it does not hold. Raises StorageError kinds, TimeoutError."""
+        node = self._node
+        if not isinstance(node.ring, Ring):
+            return
+        held, placement = node.antientropy.keeper.held, node.known_topology.placement
         for span in _outside(held):
             self.dropped += await self._drop(span, lambda: node.known_topology.placement == placement)
 

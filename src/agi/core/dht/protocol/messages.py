@@ -242,7 +242,8 @@ class WatchReply(Message):
 
 class Query(Message):
     """Rare questions: `what` is "topology", "history", "status", "stats", "locate" (with a key), "repair" (`key`:
-    empty, or first and last token), "repair_state", "change" (`key`: packed changes.Order) or "missed" (handoff.py)."""
+    empty, or first and last token), "repair_state", "change" (`key`: packed changes.Order), "missed" (handoff.py) or
+    "room" (changes.py)."""
 
     id: int
     what: str
