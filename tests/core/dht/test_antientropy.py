@@ -478,6 +478,7 @@ async def test_large_records_are_read_a_few_at_a_time(kept: Keeper) -> None:
 
     kept.bench.store.scan_tokens = counted  # type: ignore[method-assign]  # to see what is asked
     kept.bench.write(*(record(b"k%d" % i, bytes(300_000), NOW_MS) for i in range(40)))
+    await kept.bench.land()
     await until(lambda: kept.keeper.unknown == 0)
     kept.keeper.forget()
     await until(lambda: kept.keeper.unknown == 0)
@@ -491,6 +492,7 @@ async def test_large_records_are_read_a_few_at_a_time(kept: Keeper) -> None:
 @pytest.mark.parametrize("step", [1, 2, 40])
 async def test_keys_are_found_by_their_tokens_side_by_side_or_far_apart(kept: Keeper, step: int) -> None:
     kept.bench.write(*(record(b"k%d" % i, b"v", NOW_MS) for i in range(1000)))
+    await kept.bench.land()
     await until(lambda: kept.keeper.unknown == 0)
     entries, _ = await kept.keeper.listing([(0, (1 << 64) - 1)])
     chosen = entries[::step]
@@ -504,6 +506,21 @@ async def test_keys_are_found_by_their_tokens_side_by_side_or_far_apart(kept: Ke
         asked = asked[taken:]
     assert keys == [entry.key for entry in chosen]
     assert sorted((await kept.keeper.records_at(tokens[::-1]))[0]) == sorted(keys)  # in whatever order they are named
+
+
+async def test_what_is_not_synced_is_not_fetched(kept: Keeper) -> None:
+    kept.bench.write(record(b"synced", b"v", NOW_MS))
+    await kept.bench.land()
+    kept.bench.write(record(b"flying", b"v", NOW_MS))
+    await turn()
+    await until(lambda: kept.keeper.unknown == 0)
+    tokens = {entry.key: entry.token for entry in (await kept.keeper.listing([(0, (1 << 64) - 1)]))[0]}
+    assert (await kept.keeper.records_at([tokens[b"synced"]]))[0] == [b"synced"]
+    fetching = asyncio.ensure_future(kept.keeper.records_at([tokens[b"flying"]]))
+    done, _ = await asyncio.wait([fetching], timeout=0.05)
+    assert not done
+    await kept.bench.land()
+    assert (await fetching)[0] == [b"flying"]
 
 
 async def test_what_is_changing_hands_has_no_trees_until_it_has_changed() -> None:

@@ -252,7 +252,7 @@ class Replica:
         """What a scan of the store has met, as `read` shows it, once it is synced."""
         records = self._normal(keys, records, mark)
         commit = self._commit
-        if commit is None or (commit.error is None and commit.waiting.keys().isdisjoint(keys)):
+        if commit is None or (commit.error is None and (commit.idle or not any(map(commit.overlay, keys)))):
             done(records, None)
             return
         try:
