@@ -294,11 +294,13 @@ def test_a_command_that_reads_from_the_terminal_gets_it_and_gives_it_back(termin
 CTRL_C, CTRL_Z = b"\x03", b"\x1a"
 READ = {"it never reads": "", "it has read": "sys.stdin.readline();"}
 """Whether the command has the terminal."""
+SLEEP = "[time.sleep(0.05) for _ in range(1200)]"
+"""Python looks for signals before and after it sleeps, but one that comes just as it begins does not wake it."""
 
 
 @pytest.mark.parametrize("read", READ.values(), ids=READ.keys())
 def test_ctrl_c_ends_the_command(terminal: Any, helpers: Any, read: str) -> None:
-    program = f"import os, sys, time; {read} print('ready', os.getpid(), flush=True); time.sleep(60)"
+    program = f"import os, sys, time; {read} print('ready', os.getpid(), flush=True); {SLEEP}"
     shown = terminal(helpers.command("lock", "c:12", *python(program)))
     shown.type(b"\n")
     pid = int(shown.shows(b"ready "))
@@ -312,7 +314,7 @@ def test_ctrl_z_stops_the_command_and_us_until_the_shell_goes_on(terminal: Any, 
     program = f"""import os, sys, time; {read}
 print("ready", os.getpid(), flush=True)
 time.sleep(1e-3 if {bool(read)} else 60)
-print("read", sys.stdin.readline(), flush=True); time.sleep(60)"""
+print("read", sys.stdin.readline(), flush=True); {SLEEP}"""
     shown = terminal(helpers.command("lock", "c:13", "--ttl", "60", *python(program)))
     shown.type(b"\n")
     pid = int(shown.shows(b"ready "))
