@@ -628,14 +628,14 @@ def _released_by_a_stale_holder() -> AbstractContextManager[object]:
 MUTANTS = (
     Mutant("w-is-one", "a write is acknowledged by W replicas", _w_is_one, Profile.NETWORK),
     Mutant("ack-before-persist", "D1: persist before send", _acknowledge_before_persist, Profile.POWER, seed=34),
-    Mutant("read-before-sync", "D2: a read of an unsynced record waits", _read_before_sync, Profile.POWER, seed=44),
+    Mutant("read-before-sync", "D2: a read of an unsynced record waits", _read_before_sync, Profile.POWER, seed=3),
     Mutant(
-        "no-read-repair", "a stale reply is repaired before the read returns", _no_read_repair, Profile.CHAOS, seed=25
+        "no-read-repair", "a stale reply is repaired before the read returns", _no_read_repair, Profile.CHAOS, seed=3
     ),
     Mutant("superseded-counts", "V2: superseded is no acknowledgement", _superseded_counts, Profile.CLOCKS),
     Mutant("version-reused", "V1: the boot counter is part of a version", _version_reused, Profile.CLOCKS, seed=22),
     Mutant(
-        "no-deduplication", "a write that arrives twice takes effect once", _no_deduplication, Profile.NETWORK, seed=17
+        "no-deduplication", "a write that arrives twice takes effect once", _no_deduplication, Profile.NETWORK, seed=3
     ),
     Mutant(
         "unknown-as-failed", "D3: Unavailable only if nothing was stored", _unknown_as_failed, Profile.CHAOS, seed=6
@@ -652,7 +652,9 @@ MUTANTS = (
         seed=7,
         check="one epoch",
     ),
-    Mutant("dead-is-revived", "an old claim does not revive the dead", _dead_incarnation_revived, Profile.NETWORK),
+    Mutant(
+        "dead-is-revived", "an old claim does not revive the dead", _dead_incarnation_revived, Profile.NETWORK, seed=15
+    ),
     Mutant("never-refuted", "an accused node refutes", _suspicion_never_refuted, Profile.NETWORK),
     Mutant(
         "hint-overwrites",
@@ -666,11 +668,11 @@ MUTANTS = (
     Mutant("differences-unseen", "replicas become equal without reads", _differences_unseen, Profile.NETWORK),
     Mutant("formed-by-majority", "T11: all of the listed nodes decide epoch 1", _formed_by_majority, None, seed=46),
     Mutant("epoch-unchecked", "T3: messages of another epoch are refused", _epoch_unchecked, Profile.CHURN, Turn.STRAY),
-    Mutant("one-write-quorum", "T5: both sets take a write", _one_write_quorum, Profile.CHURN, Turn.MOVE, seed=9),
+    Mutant("one-write-quorum", "T5: both sets take a write", _one_write_quorum, Profile.CHURN, Turn.MOVE, seed=1),
     Mutant("reads-of-old-set", "T5: both sets are read", _reads_of_the_old_set_only, Profile.CHURN, Turn.LAG, seed=24),
     Mutant("copied-from-one", "T6: an arc is merged from a majority", _copied_from_one, Profile.CHURN, Turn.MOVE),
     Mutant(
-        "newcomers-only", "T6: who stays is filled too", _only_newcomers_are_filled, Profile.CHURN, Turn.SHRINK, seed=45
+        "newcomers-only", "T6: who stays is filled too", _only_newcomers_are_filled, Profile.CHURN, Turn.SHRINK, seed=13
     ),
     Mutant(
         "primary-ranges-only", "T6: every arc of a member is filled", _primary_ranges_only, Profile.CHURN, Turn.MOVE
@@ -702,7 +704,7 @@ MUTANTS = (
         Profile.CONSENSUS,
     ),
     Mutant("promise-lost", "D1: a promise is durable first", _promises_not_persisted, Profile.CONSENSUS),
-    Mutant("ballot-reused", "R3: the boot counter is part of a ballot", _ballots_reused, Profile.CONSENSUS),
+    Mutant("ballot-reused", "R3: the boot counter is part of a ballot", _ballots_reused, Profile.CONSENSUS, seed=10),
     Mutant(
         "plain-past-register",
         "R1: plain puts take the path of the register",
@@ -716,7 +718,7 @@ MUTANTS = (
         _registers_left_behind,
         Profile.CHURN,
         Turn.MOVE,
-        seed=262,
+        seed=287,
     ),
     Mutant("register-by-version", "R2: registers compare by ballot", _registers_by_version, Profile.CONSENSUS),
     Mutant(
