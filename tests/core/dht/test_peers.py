@@ -157,12 +157,14 @@ async def test_large_frames_take_the_bulk_links_and_small_ones_do_not_wait_for_t
 async def test_frames_are_sent_on_the_link_of_their_size() -> None:
     async with Cluster(2) as cluster:
         peer = cluster.node(0).peers.connected["n1"]
-        sent: list[tuple[int, int]] = []
+        sent: list[tuple[int, bytes]] = []
         for number, link in enumerate(peer.links):
             send = link.send_frame
-            link.send_frame = lambda frame, n=number, s=send: (sent.append((n, len(frame))), s(frame))[1]  # type: ignore[method-assign]
+            link.send_frame = lambda frame, n=number, s=send: (sent.append((n, bytes(frame))), s(frame))[1]  # type: ignore[method-assign]
         wire = await cluster.wire(0)
         await wire.ask(Put(0, 3, 2000, [b"small"], [b"v" * 1000]))
         await wire.ask(Put(0, 3, 2000, [b"large"], [b"v" * BULK_VALUE_BYTES]))
         await wire.ask(Put(0, 3, 2000, [b"small"], [b"v" * 1000]))
-        assert [(n, size >= BULK_VALUE_BYTES) for n, size in sent] == [(0, False), (1, True), (0, False)]
+        # The node's own upkeep asks on these links too, whenever it likes.
+        puts = [(number, len(frame) >= BULK_VALUE_BYTES) for number, frame in sent if b"v" * 1000 in frame]
+        assert puts == [(0, False), (1, True), (0, False)]
