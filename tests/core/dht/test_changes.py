@@ -564,7 +564,7 @@ async def test_a_node_fills_itself_without_pause_unless_requests_come(monkeypatc
         migration._resumed = -0.1
         await migration._requests_first()
         assert paused == []
-        for filling, pause_s in ((1, 0.1), (3, 0.2), (30, 0.25)):
+        for filling, pause_s in ((1, 0.15), (2, 0.2), (30, 0.25)):
             migration._filling = filling
             await client.get_many(KEYS, consistency=Consistency.ALL)
             migration._resumed = -0.1

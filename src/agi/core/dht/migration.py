@@ -195,13 +195,13 @@ class Migration:
         self.arcs_done += len(spans)
 
     async def _requests_first(self) -> None:
-        """While requests come, this node does nothing for as long as it has just been filling itself, and half as long
-        again for each other node that fills itself now: about one of them is in the way of the requests at a time."""
+        """While requests come, this node rests as long as it has just been filling itself, and half as long for each
+        node that fills itself now: less than one of them is in the way of the requests at a time."""
         await self._keeper.turn()
         now, requests = self._clock.monotonic(), self._keeper.requests
         if requests != self._requests:
             self._requests = requests
-            await asyncio.sleep(min(PAUSE_S_MAX, (now - self._resumed) * (1 + self._filling) / 2))
+            await asyncio.sleep(min(PAUSE_S_MAX, (now - self._resumed) * (1 + self._filling / 2)))
         self._resumed = self._clock.monotonic()
 
     async def _settle(self, placement: str) -> None:
