@@ -672,7 +672,12 @@ MUTANTS = (
     Mutant("reads-of-old-set", "T5: both sets are read", _reads_of_the_old_set_only, Profile.CHURN, Turn.LAG, seed=24),
     Mutant("copied-from-one", "T6: an arc is merged from a majority", _copied_from_one, Profile.CHURN, Turn.MOVE),
     Mutant(
-        "newcomers-only", "T6: who stays is filled too", _only_newcomers_are_filled, Profile.CHURN, Turn.SHRINK, seed=13
+        "newcomers-only",
+        "T6: who stays is filled too",
+        _only_newcomers_are_filled,
+        Profile.CHURN,
+        Turn.SHRINK,
+        seed=153,
     ),
     Mutant(
         "primary-ranges-only", "T6: every arc of a member is filled", _primary_ranges_only, Profile.CHURN, Turn.MOVE
@@ -718,7 +723,7 @@ MUTANTS = (
         _registers_left_behind,
         Profile.CHURN,
         Turn.MOVE,
-        seed=287,
+        seed=6,
     ),
     Mutant("register-by-version", "R2: registers compare by ballot", _registers_by_version, Profile.CONSENSUS),
     Mutant(
