@@ -5,7 +5,8 @@ PYTHON ?= $(firstword $(wildcard /usr/bin/python3.11) $(shell command -v python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-WORKERS ?= 2
+# More than processors: tests of real processes and of time spend much of it waiting.
+WORKERS ?= 3
 STORAGE ?= memory,rocksdb
 
 .PHONY: run test bench bench-consensus bench-growth bench-overload bench-peers profile sim sim-mutants sim-scale chaos check format proto lock system-packages clean help
