@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 
 import msgspec
 import pytest
-from cluster import Cluster, until
+from cluster import LOST, Cluster, until
 
 from agi.core.dht import peers
 from agi.core.dht.errors import ClonedNode, ClusterError, ProtocolMismatch, UnknownDisk
+from agi.core.dht.hello import ANSWER_S
 from agi.core.dht.protocol.messages import Hello, Message, Put, Query, ReplicaWrite, ReplicaWriteReply
 from agi.core.dht.topology import Topology
 from agi.core.dht.types import BULK_VALUE_BYTES
+
+
+def changed(hello: Hello, **fields: object) -> Hello:
+    return msgspec.structs.replace(hello, **fields)
 
 
 async def test_a_broken_link_is_noticed_and_made_again() -> None:
@@ -98,6 +104,55 @@ async def test_strangers_in_known_clothes_are_refused() -> None:
         await cluster.up(1)  # a real restart raises the counter, and is let in
         with pytest.raises(ClonedNode):
             await cluster.wire(0, hello=hello(boot=cluster.node(1).hello().boot - 1, run_id="old"))
+
+
+async def test_a_copied_folder_is_known_by_its_starts_however_many() -> None:
+    async with Cluster(3) as cluster:
+        known = cluster.node(1).hello()
+        await cluster.down(1)
+        for boot in (known.boot + 1, known.boot + 2):
+            copy = changed(known, boot=boot, run_id="copy", runs=["copy's"] * (boot - known.boot))
+            with pytest.raises(ClonedNode, match=f"its start {known.boot} was another"):
+                await cluster.wire(0, hello=copy)
+        await cluster.up(1)
+        boots = cluster.node(0)._boots
+        await until(lambda: boots._stored == boots._known)  # what was seen outlives who saw it
+        later = cluster.node(1).hello()
+        assert (later.boot, later.runs) == (known.boot + 1, [known.run_id, *known.runs])
+        await cluster.down(1)
+        await cluster.down(0)
+        await cluster.up(0, wait=False)
+        with pytest.raises(ClonedNode, match="was another"):
+            await cluster.wire(0, hello=changed(later, boot=later.boot + 1, run_id="copy", runs=["copy's"]))
+        # older than all that a folder remembers: nothing speaks against it
+        await cluster.wire(0, hello=changed(later, boot=later.boot + 2, run_id="new", runs=["one"]))
+
+
+async def test_a_folder_that_is_copied_while_its_node_runs_is_refused_as_long_as_that_answers() -> None:
+    async with Cluster(3) as cluster:
+        known = cluster.node(1).hello()
+        copy = changed(known, boot=known.boot + 1, run_id="copy", runs=[known.run_id, *known.runs])
+        link = cluster.node(0).peers.all["n1"].links[0]
+        for _ in range(3):
+            with pytest.raises(ClonedNode, match="runs yet"):
+                await cluster.wire(0, hello=copy)
+            await until(lambda: not cluster.node(0)._boots._asked)
+        assert not link.closed
+        await cluster.down(1)
+        await cluster.up(1)  # the copy was not taken for the last start
+        # one that has no power any more leaves links that do not end, and answers nothing
+        cluster.rule(lambda src, dst, message: LOST if src == "n1" else None)
+        known = cluster.node(1).hello()
+        assert cluster.node(0).peers.connected["n1"].hello.run_id == known.run_id  # type: ignore[union-attr]  # connected
+        restarted = changed(known, boot=known.boot + 1, run_id="later", runs=[known.run_id, *known.runs])
+        async with asyncio.timeout(2 * ANSWER_S):
+            wire = None
+            while wire is None:
+                with contextlib.suppress(ClonedNode):
+                    wire = await cluster.wire(0, hello=restarted)
+                await asyncio.sleep(0.01)
+        with pytest.raises(ClonedNode, match="boot counter"):
+            await cluster.wire(0, hello=known)
 
 
 async def test_a_strange_disk_may_bring_the_epoch_that_names_it() -> None:

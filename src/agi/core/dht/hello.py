@@ -7,11 +7,24 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from agi.core.dht.errors import ClonedNode, DHTError, HelloRefused, UnknownDisk
+from agi.core.dht.calls import Calls
+from agi.core.dht.errors import (
+    ClonedNode,
+    DHTError,
+    HelloRefused,
+    LinkClosed,
+    NotReady,
+    Overloaded,
+    TransportError,
+    Unavailable,
+    UnknownDisk,
+)
 from agi.core.dht.identity import Ledger
+from agi.core.dht.peers import Peers
 from agi.core.dht.protocol.bootstrap import Bootstrap
-from agi.core.dht.protocol.messages import Hello
+from agi.core.dht.protocol.messages import ChangeState, Hello
 from agi.core.dht.topology import unpack
+from agi.core.dht.treekeeper import Own
 from agi.core.dht.types import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
@@ -20,6 +33,8 @@ if TYPE_CHECKING:
 _log = structlog.get_logger("agi.core.dht.node")
 
 STORE_INTERVAL_S = 1.0
+ANSWER_S = 1.0
+"""An earlier process that is there answers within so long."""
 
 
 def own_hello(node: Node, forming: Bootstrap | None) -> Hello:
@@ -34,6 +49,7 @@ def own_hello(node: Node, forming: Bootstrap | None) -> Hello:
         disk_id=identity.disk_id,
         boot=identity.boot,
         run_id=identity.run_id,
+        runs=list(identity.runs),
         address=node.address,
         data_address=node.data_address,
         http_address=node.http_address,
@@ -88,13 +104,18 @@ def check_hello(node: Node, boots: KnownBoots, theirs: Hello) -> None:
 
 
 class KnownBoots:
-    """The highest boot counter seen of each disk: a lower one is a folder that was restored or copied (I3)."""
+    """The last start seen of each disk. A folder that was restored or copied has started less often, or was started by
+    other processes than were seen here, or by one while an earlier one runs (I3). What nobody can tell is a copy that
+    is made, and started, after its original has ended for good: it goes on from there."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, peers: Peers, calls: Calls, own: Own) -> None:
         self._ledger = ledger
-        self._known: dict[str, int] = {}
-        self._stored: dict[str, int] = {}
-        self._runs: dict[tuple[str, int], str] = {}
+        self._peers = peers
+        self._calls = calls
+        self._own = own
+        self._known: dict[str, tuple[int, str]] = {}
+        self._stored: dict[str, tuple[int, str]] = {}
+        self._asked: set[str] = set()
 
     async def load(self) -> None:
         self._known = await self._ledger.boots()
@@ -103,26 +124,61 @@ class KnownBoots:
     def check(self, theirs: Hello) -> None:
         """Raises ClonedNode; else remembers what the node said."""
         disk = f"{theirs.name}/{theirs.disk_id}"
-        known = self._known.get(disk, 0)
-        run = self._runs.setdefault((disk, theirs.boot), theirs.run_id)
-        if theirs.boot < known or run != theirs.run_id:
+        boot, run = self._known.get(disk, (0, ""))
+        if theirs.boot < boot:
             raise ClonedNode(
                 f"{theirs.name} starts from a restored or copied data folder: its boot counter is {theirs.boot}, "
-                f"{known} was seen before"
+                f"{boot} was seen before"
             )
-        if theirs.boot > known:
-            self._known[disk] = theirs.boot
-            self._runs = {key: run for key, run in self._runs.items() if key[0] != disk or key[1] >= theirs.boot}
+        since = [theirs.run_id, *theirs.runs]  # by how much older they are
+        if boot and theirs.boot - boot < len(since) and since[theirs.boot - boot] != run:
+            raise ClonedNode(
+                f"{theirs.name} starts from a restored or copied data folder: its start {boot} was another than the "
+                "one that was seen"
+            )
+        self._check_alone(theirs)
+        self._known[disk] = theirs.boot, theirs.run_id
+
+    def _check_alone(self, theirs: Hello) -> None:
+        """A machine that lost its power leaves links that nobody has ended, so an earlier process is asked first."""
+        peer = self._peers.connected.get(theirs.name)
+        hello = None if peer is None else peer.hello
+        if hello is None or hello.disk_id != theirs.disk_id or hello.run_id == theirs.run_id:
+            return
+        if theirs.name not in self._asked:
+            self._asked.add(theirs.name)
+            self._own(self._ask(theirs.name, hello.run_id), "earlier process")
+        raise ClonedNode(
+            f"{theirs.name} is connected already: an earlier process from this data folder, or a copy of it, runs yet, "
+            "or was lost a moment ago"
+        )
+
+    async def _ask(self, name: str, run_id: str) -> None:
+        """Ends the links to a process that does not answer any more."""
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                await self._calls.call(name, ChangeState(0, 0))
+        except (NotReady, Overloaded):
+            return  # an answer too
+        except (TimeoutError, TransportError, Unavailable):
+            peer = self._peers.connected.get(name)
+            if peer is not None and peer.hello is not None and peer.hello.run_id == run_id:
+                for link in peer.links.copy():
+                    link.close(LinkClosed(f"{name} does not answer, and has started anew"))
+        except DHTError:
+            return
+        finally:
+            self._asked.discard(name)
 
     async def keep(self) -> None:
         """Stores what was learnt, for ever."""
         while True:
             await asyncio.sleep(STORE_INTERVAL_S)
             if self._known != self._stored:
-                boots = dict(self._known)
+                known = dict(self._known)
                 try:
-                    await self._ledger.store_boots(boots)
+                    await self._ledger.store_boots(known)
                 except DHTError as error:
                     _log.warning("boots_not_stored", error=str(error))
                 else:
-                    self._stored = boots
+                    self._stored = known

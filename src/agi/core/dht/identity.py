@@ -20,9 +20,11 @@ from agi.core.dht.topology import Topology, unpack
 
 T = TypeVar("T")
 
-_IDENTITY, _TOPOLOGY, _VOTE, _BOOTS, _ADDRESSES = "identity", "topology", "vote", "boots", "addresses"
+_IDENTITY, _TOPOLOGY, _VOTE, _BOOTS, _ADDRESSES = "identity", "topology", "vote", "starts", "addresses"
 _ACCEPTOR, _HISTORY, _FLOORS, _RECOVERY = "acceptor", "history", "floors", "recovery"
 
+RUNS_MAX = 32
+"""Starts that a folder remembers: a copy and what it was copied from differ in one of them (I3)."""
 HISTORY_EPOCHS_MAX = 100
 """Past epochs that a node remembers, for people."""
 
@@ -35,6 +37,8 @@ class Identity(msgspec.Struct, frozen=True):
     cluster: str
     boot: int
     run_id: str = ""
+    runs: tuple[str, ...] = ()
+    """The run ids of the starts before this one, the last first."""
 
 
 class Past(msgspec.Struct, frozen=True):
@@ -88,7 +92,8 @@ class Ledger:
                 raise FolderMismatch(f"the data folder belongs to node {known.node_id}, not {node_id}")
             if known.cluster != config.cluster.name:
                 raise FolderMismatch(f"the data folder belongs to cluster {known.cluster}, not {config.cluster.name}")
-            identity = Identity(known.node_id, known.disk_id, known.cluster, known.boot + 1, run_id)
+            runs = (known.run_id, *known.runs)[:RUNS_MAX]
+            identity = Identity(known.node_id, known.disk_id, known.cluster, known.boot + 1, run_id, runs)
         topology = await self.topology()
         if topology is not None:
             await self._check_set(config, topology, address)
@@ -164,12 +169,12 @@ class Ledger:
         """Durable before the reply that tells of it (G1)."""
         await self._put(_FLOORS, floors.packed)
 
-    async def boots(self) -> dict[str, int]:
-        """The highest boot counter seen of each `node id/disk id`."""
+    async def boots(self) -> dict[str, tuple[int, str]]:
+        """The last start seen of each `node id/disk id`: its boot counter and run id."""
         raw = await self._store.get_meta(_BOOTS)
-        return {} if raw is None else _decode(raw, dict[str, int])
+        return {} if raw is None else _decode(raw, dict[str, tuple[int, str]])
 
-    async def store_boots(self, boots: dict[str, int]) -> None:
+    async def store_boots(self, boots: dict[str, tuple[int, str]]) -> None:
         await self._put(_BOOTS, msgspec.msgpack.encode(boots))
 
 

@@ -29,6 +29,7 @@ from agi.core.dht.errors import (
     DHTError,
     FrameTooLarge,
     HelloRefused,
+    LinkClosed,
     NotReady,
     Overloaded,
     ProtocolMismatch,
@@ -156,7 +157,6 @@ class Node:
         self._hlc = HLC()
         self._identity: Identity | None = None
         self._bootstrap: Bootstrapper | None = None
-        self._boots = KnownBoots(self._ledger)
         self._sessions: dict[tuple[str, str], Session] = {}
         self._links = 0
         self._listeners: list[Listener] = []
@@ -186,6 +186,7 @@ class Node:
         )
         self.detector = FailureDetector(node_id, self.peers, config.pace(), clock, rng, self._peer_gone)
         self.calls = Calls(self.peers)
+        self._boots = KnownBoots(self._ledger, self.peers, self.calls, self._own)
         self.handoff = Handoff(
             node_id,
             store,
@@ -572,8 +573,8 @@ class Node:
         if isinstance(session, Session):
             self._links -= 1
             session.links.remove(link)
-            if not session.links:
-                self._sessions.pop((session.kind, session.name), None)
+            if not session.links and self._sessions.get((session.kind, session.name)) is session:
+                del self._sessions[session.kind, session.name]
 
     def _greeted(self, link: Link, message: msgspec.Struct) -> None:
         if not isinstance(message, Hello):
@@ -602,10 +603,14 @@ class Node:
             return
         key = (message.kind, message.name)
         session = self._sessions.get(key)
+        if session is not None and session.run_id != message.run_id:
+            for earlier in session.links.copy():  # of a process that this one follows
+                earlier.close(LinkClosed(f"another process of {message.name} has started"))
+            session = None
         if session is None:
             known = self.topology.by_id.get(message.name) if self.topology is not None else None
             member = message.kind == "node" and known is not None and known.disk_id == message.disk_id
-            session = self._sessions[key] = Session(message.kind, message.name, member)
+            session = self._sessions[key] = Session(message.kind, message.name, message.run_id, member)
         session.links.append(link)
         self._links += 1
         link.context = session

@@ -19,11 +19,12 @@ class Session:
     """The other side of an accepted link, after its Hello. Links of one peer share it: replies too large for the link
     of the request leave on another."""
 
-    __slots__ = ("kind", "links", "member", "name", "refused")
+    __slots__ = ("kind", "links", "member", "name", "refused", "run_id")
 
-    def __init__(self, kind: str, name: str, member: bool) -> None:
+    def __init__(self, kind: str, name: str, run_id: str, member: bool) -> None:
         self.kind = kind
         self.name = name
+        self.run_id = run_id
         self.member = member
         self.links: list[Link] = []
         self.refused: dict[int, None] = {}

@@ -192,7 +192,8 @@ async def test_nodes_that_may_not_join_are_told_why_and_change_nothing(tmp_path:
 
 
 async def test_a_folder_that_was_copied(tmp_path: Path) -> None:
-    """Under another name it is refused at once; under its own, once the one it was copied from has started again."""
+    """Under another name it is refused at once; under its own, once the one it was copied from has started again,
+    however often the copy is started, and as long as that one runs."""
     async with LocalCluster(3, tmp_path, settings=QUICK) as cluster:
         connect = ",".join(cluster.addresses)
         await cluster.stop_node(2)
@@ -207,10 +208,17 @@ async def test_a_folder_that_was_copied(tmp_path: Path) -> None:
         await cluster.stop_node(2)
         await cluster.start_node(2)
         await cluster.wait_ready()
-        async with node(tmp_path, "--node-id", "n2", *peers, name="copy", storage="rocksdb") as clone:
-            await until(lambda: "restored or copied data folder: its boot counter is 2, 3 was seen" in clone.said(), "")
-            async with asking(clone.data_address) as asker:
-                status = await asker.query("status")
-                assert not status["ready"]
+        shutil.copytree(tmp_path / "n2", tmp_path / "running")
+        for name, why in (
+            ("copy", "restored or copied data folder: its boot counter is 2, 3 was seen"),
+            ("copy", "restored or copied data folder: its start 3 was another"),
+            ("copy", "restored or copied data folder: its start 3 was another"),
+            ("running", "or a copy of it, runs yet"),
+        ):
+            async with node(tmp_path, "--node-id", "n2", *peers, name=name, storage="rocksdb") as clone:
+                await until(lambda clone=clone, why=why: why in clone.said(), "")
+                async with asking(clone.data_address) as asker:
+                    status = await asker.query("status")
+                    assert not status["ready"]
         found = await topology(connect)
         assert found["epoch"] == 1

@@ -41,6 +41,8 @@ class Hello(Message):
     boot: int = 0
     run_id: str = ""
     """Random per process: two processes with one boot counter are a cloned folder."""
+    runs: list[str] = []
+    """The run ids of the starts before, the last first: another one than was seen is a cloned folder too."""
     address: str = ""
     """The advertised gRPC address."""
     data_address: str = ""
