@@ -22,7 +22,7 @@ from agi.core.dht.testing.conditional import record_failure
 from agi.core.dht.testing.history import Function, Handle, History, Outcome, Value
 from agi.core.dht.testing.host import Host
 from agi.core.dht.testing.workload import Locking, connected
-from agi.core.dht.types import lock_key
+from agi.core.dht.types import Fence, lock_key
 
 SKEW_MS_MAX = 3_600_000
 DRIFT = 0.045
@@ -49,6 +49,8 @@ class Exclusion:
         self._locks: defaultdict[str, list[Lock]] = defaultdict(list)
         self.entered = 0
         self.lost = 0
+        self.late = 0
+        """Fenced writes that were sent by who held the lock no more."""
 
     def enter(self, lock: Lock) -> None:
         """This lock was acquired just now."""
@@ -181,8 +183,9 @@ class Contender:
         key, value = self._locking.resource_of(lock.name), self._value_of()
         self._exclusion.look(lock.name)
         handle = self._invoke(Function.FENCED_WRITE, key, [lock.token, value.decode()])
+        self._exclusion.late += not lock.held
         try:
-            await client.put(key, value, fence=lock.fence, timeout=self._locking.timeout_s)
+            await client.put(key, value, fence=Fence(lock.name, lock.token), timeout=self._locking.timeout_s)
         except FenceRejected:
             handle.ok(False)
         except BaseException as error:

@@ -298,6 +298,7 @@ def _churn(seed: int, turn: Turn | None) -> Scenario:
     )
     listed = tuple(map(address_of, first))
     clients = rng.choice((2, 3))
+    locking = _locking(random.Random(f"{seed}/locking")) if turn in (Turn.MOVE, Turn.LOSE, Turn.ALL) else None
     return Scenario(
         seed,
         Profile.CHURN,
@@ -344,8 +345,10 @@ def _churn(seed: int, turn: Turn | None) -> Scenario:
             all_share=0.0,
             registers=(registers := random.Random(f"{seed}/registers")).choice((0, 1, 3)),
             counters=registers.choice((0, 1)),
+            sets=random.Random(f"{seed}/sets").choice((0, 1)),
+            locking=locking,
         ),
-        FaultPlan.draw(rng, nodes, safety_s=safety_s, mix=mix),
+        _with_stops(FaultPlan.draw(rng, nodes, safety_s=safety_s, mix=mix), locking, random.Random(f"{seed}/stops")),
         rng.getrandbits(1) == 0,
         joiners,
         0.1,
@@ -501,9 +504,14 @@ def _plan(
     if profile is Profile.CLOCKS and rng.getrandbits(2):
         at_s, back_ms = rng.uniform(0.2, 1.0), rng.randint(10_000, SET_BACK_MS_MAX)
         faults += [Fault(at_s, safety_s - at_s, FaultKind.CLOCK_JUMP, (name,), -back_ms) for name in nodes]
-    if locking is not None:
-        faults += [fault for name in locking.hosts for fault in _stops(rng, name, locking.lease_s, safety_s)]
-    return replace(plan, faults=tuple(sorted(faults, key=lambda fault: fault.at_s)))
+    return _with_stops(replace(plan, faults=tuple(sorted(faults, key=lambda fault: fault.at_s))), locking, rng)
+
+
+def _with_stops(plan: FaultPlan, locking: Locking | None, rng: random.Random) -> FaultPlan:
+    if locking is None:
+        return plan
+    stops = [fault for name in locking.hosts for fault in _stops(rng, name, locking.lease_s, plan.safety_s)]
+    return replace(plan, faults=tuple(sorted([*plan.faults, *stops], key=lambda fault: fault.at_s)))
 
 
 def _stops(rng: random.Random, name: str, lease_s: float, end_s: float) -> Iterator[Fault]:

@@ -303,6 +303,7 @@ class _Trial:
         report.counts["votes watched"] = self.cluster.votes.checked
         report.counts["locks taken"] = self.exclusion.entered
         report.counts["locks lost"] = self.exclusion.lost
+        report.counts["late fenced writes"] = self.exclusion.late
         report.counts["wide batches"] = self.recorder.wide
         report.counts["unknown"] = calls[Outcome.UNKNOWN]
         report.counts["failed"] = calls[Outcome.FAILED]
