@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import structlog
 
-from agi.core.dht.errors import ClusterError, DHTError
+from agi.core.dht.errors import ClusterError, DHTError, named
 from agi.core.dht.identity import Ledger
 from agi.core.dht.protocol.bootstrap import Bootstrap, StoreTopology, StoreVote
 from agi.core.dht.protocol.messages import Hello
@@ -68,7 +68,7 @@ class Bootstrapper:
                     if adopted is not None:
                         return adopted.topology
                 else:
-                    self.core.unreachable(address, str(answer))
+                    self.core.unreachable(address, named(answer))
             effect = self.core.step()
             if isinstance(effect, StoreVote):
                 await self._ledger.store_vote(effect.topology)
@@ -80,7 +80,7 @@ class Bootstrapper:
             if not isinstance(effect, StoreVote):
                 self._say(effect.reason)
         except ClusterError as error:
-            self._say(str(error))
+            self._say(named(error))
         return None
 
     async def _ask(self, address: str) -> Hello | DHTError:

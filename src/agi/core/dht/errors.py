@@ -5,7 +5,7 @@
      |   +- InvalidKey               empty, over 1 KiB, not a str, or with a lone surrogate
      |   +- InvalidValue             not bytes, or over the value limit
      |   +- InvalidTTL               negative, zero, not a number, or past the representable time
-     |   +- InvalidConsistency       not ONE, QUORUM or ALL
+     |   +- InvalidConsistency       not ONE, QUORUM, ALL or LINEARIZABLE
      |   +- InvalidAddress           not host:port, a port out of range
      |   +- NotACounter              the value is no decimal number of 64 bits, or would be none; nothing was changed
      |   +- WrongFence               the key is fenced by another lock; nothing was changed
@@ -320,3 +320,8 @@ def from_wire(code: int, message: str, needed: int = 0, answered: int = 0) -> DH
     if kind is BatchError:
         kind = DHTError
     return kind(message, needed=needed, answered=answered)
+
+
+def named(error: DHTError) -> str:
+    """As it is told to people where no code goes with it."""
+    return f"{type(error).__name__}: {error}"

@@ -426,7 +426,8 @@ class Node:
             reachable = 1 + len(self.peers.usable)
             missing = sorted(set(self.peers.all) - set(self.peers.usable))
             if reachable <= len(self.topology.members) - self.topology.replica_count // 2 - 1 and missing:
-                return f"too few peers are connected for quorums: {', '.join(missing)} missing"
+                why = self.peers.all[missing[0]].last_error
+                return f"too few peers are connected for quorums: {', '.join(missing)} missing{why and f' ({why})'}"
         me = self.topology.by_id.get(self.node_id)
         if me is not None and me.state == JOINING:
             return f"joining: {self.migration.arcs_done} of {self.migration.arcs} arcs are filled"

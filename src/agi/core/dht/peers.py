@@ -16,7 +16,7 @@ import msgspec
 import structlog
 
 from agi.core.dht.clock import Clock
-from agi.core.dht.errors import DHTError, LinkClosed, NotReady, ProtocolMismatch
+from agi.core.dht.errors import DHTError, LinkClosed, NotReady, ProtocolMismatch, named
 from agi.core.dht.protocol.latency import Quantile
 from agi.core.dht.protocol.messages import Hello
 from agi.core.dht.tasks import end
@@ -193,8 +193,8 @@ class Peers:
             try:
                 await self._connect(peer)
             except DHTError as error:
-                if peer.last_error != str(error):
-                    peer.last_error = str(error)
+                if peer.last_error != named(error):
+                    peer.last_error = named(error)
                     _log.warning("peer_unreachable", peer=peer.node_id, error=str(error))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(backoff_s * (0.5 + self._rng.random())):

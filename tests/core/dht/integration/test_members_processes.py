@@ -218,7 +218,7 @@ async def test_a_folder_that_was_copied(tmp_path: Path) -> None:
             async with node(tmp_path, "--node-id", "n2", *peers, name=name, storage="rocksdb") as clone:
                 await until(lambda clone=clone, why=why: why in clone.said(), "")
                 async with asking(clone.data_address) as asker:
-                    status = await asker.query("status")
+                    status = await asker.until_status(partial(is_waiting, "ClonedNode: n2 "))
                     assert not status["ready"]
         found = await topology(connect)
         assert found["epoch"] == 1
