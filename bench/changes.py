@@ -4,9 +4,10 @@
 
 Three nodes with RocksDB, N=3, QUORUM, are filled. While callers read and write, a fourth joins and leaves again, one is
 killed and another takes its place, and each is stopped and started in its turn. Then one node misses a hundredth of all
-keys and is repaired. Said are: calls, errors and latency before and during each change (a newcomer's process starts
-before it joins, and takes a processor for that), how long it took, the bytes that it moved against the share that a
-newcomer must get, and what the repair sent against what differed; and how fast a newcomer is filled without load.
+keys and is repaired by an order, and another time by itself. Said are: calls, errors and latency before and during each
+change (a newcomer's process starts before it joins, and takes a processor for that), how long it took, the bytes that
+it moved against the share that a newcomer must get, and what the repair sent against what differed; how long it takes
+without an order; and how fast a newcomer is filled without load.
 """
 
 from __future__ import annotations
@@ -196,13 +197,7 @@ async def repair(load: Load) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="dht-bench-") as folder:
         async with LocalCluster(3, Path(folder), settings=settings) as cluster, DHTClient(timeout=30.0) as client:
             await client.connect(cluster.addresses)
-            await preload(client, load)
-            rng = random.Random(1)
-            keys = [load.key(number) for number in rng.sample(range(load.keys), int(load.keys * DIVERGENT))]
-            await cluster.kill(2)
-            await client.put_many(dict.fromkeys(keys, rng.randbytes(load.value_bytes)))
-            await cluster.start_node(2)
-            await cluster.wait_ready()
+            keys = await _diverge(cluster, client, load)
             await asyncio.sleep(YOUNG_S)
             async with asyncio.timeout(WAIT_S):
                 while any(  # noqa: ASYNC110  # only asking tells
@@ -226,6 +221,32 @@ async def repair(load: Load) -> dict[str, Any]:
     }
 
 
+async def heal(load: Load) -> dict[str, Any]:
+    """The same with the settings that are shipped, but for hints, and without an order."""
+    with tempfile.TemporaryDirectory(prefix="dht-bench-") as folder:
+        settings = {"hints.bytes_max_mb": "0"}
+        async with LocalCluster(3, Path(folder), settings=settings) as cluster, DHTClient(timeout=30.0) as client:
+            await client.connect(cluster.addresses)
+            await _diverge(cluster, client, load)
+            began = time.perf_counter()
+            await client.wait_healthy(WAIT_S)
+            seconds = time.perf_counter() - began
+            left = await client.repair("n2")
+    return {"seconds": round(seconds, 1), "differences_left": left["n2"]["differences"]}
+
+
+async def _diverge(cluster: LocalCluster, client: DHTClient, load: Load) -> list[str]:
+    """Stores all keys, and a share of them anew while n2 is away; it is back then."""
+    await preload(client, load)
+    rng = random.Random(1)
+    keys = [load.key(number) for number in rng.sample(range(load.keys), int(load.keys * DIVERGENT))]
+    await cluster.kill(2)
+    await client.put_many(dict.fromkeys(keys, rng.randbytes(load.value_bytes)))
+    await cluster.start_node(2)
+    await cluster.wait_ready()
+    return keys
+
+
 def _bytes(report: dict[str, Any]) -> int:
     return int(report["bytes_sent"] + report["bytes_received"])
 
@@ -246,6 +267,8 @@ def show(found: dict[str, Any]) -> None:
     )
     idle = found["join without load"]
     print(f"without load: {idle['bytes_moved'] / 1e6:.1f} MB in {idle['seconds']} s, {idle['mb_per_s']} MB/s")
+    healed = found["repair without an order"]
+    print(f"without an order: {healed['seconds']} s, then {healed['differences_left']} differences")
     print("repair: " + ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in found["repair"].items()))
 
 
@@ -262,6 +285,7 @@ def main() -> None:
     found = uvloop.run(measure(load, given.callers))
     found["join without load"] = uvloop.run(stream(load))
     found["repair"] = uvloop.run(repair(load))
+    found["repair without an order"] = uvloop.run(heal(load))
     if given.json is not None:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
     show(found)
