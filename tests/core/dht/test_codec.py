@@ -54,7 +54,7 @@ SAMPLES: list[Message] = [
         hlc=1 << 62,
     ),
     messages.Watch(id=9, timeout_ms=1000, key=b"lock:l", version=7, waiter="w"),
-    messages.WatchReply(id=9, version=8, error=(32, "too many", 0, 0), free=True),
+    messages.WatchReply(id=9, version=8, error=(32, "too many", 0, 0), free=True, known_ms=1500),
     messages.RegisterPrepare(id=8, epoch=3, trace="t", keys=[b"k"], ballots=[b"\x80" + bytes(15)]),
     messages.RegisterPromises(id=8, records=[None, b"r"], refusals=[(1, b"\x80" + bytes(15))]),
     messages.RegisterAccept(id=8, epoch=3, trace="", keys=[b"k"], records=[b"\x80" + bytes(50)]),

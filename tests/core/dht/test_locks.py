@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from cluster import LOST, Cluster, ThreadedCluster, until
+from cluster import LOST, Cluster, HostClock, ThreadedCluster, until
 
 from agi.core.dht import (
     DHTClient,
@@ -30,7 +30,7 @@ from agi.core.dht.client import locks
 from agi.core.dht.clock import SystemClock
 from agi.core.dht.errors import from_wire
 from agi.core.dht.protocol.locks import LockRecord, holder_s, pack_lock, unpack_lock
-from agi.core.dht.protocol.messages import Update, UpdateReply, Watch
+from agi.core.dht.protocol.messages import Update, UpdateReply, Watch, WatchReply
 from agi.core.dht.watches import WATCHES_MAX, _Place
 
 
@@ -46,6 +46,34 @@ class Clock(SystemClock):
 
     def boottime(self) -> float:
         return super().boottime() + self.slept_s
+
+
+class NodeClock(HostClock):
+    """A node's clock, whose boot time jumps when the test lets it."""
+
+    slept_s = 0.0
+
+    def boottime(self) -> float:
+        return super().boottime() + self.slept_s
+
+
+def aging(count: int = 3) -> Cluster:
+    """A cluster whose nodes have such clocks."""
+    cluster = Cluster(count)
+    cluster.clocks[:] = [NodeClock() for _ in range(count)]
+    return cluster
+
+
+def age(cluster: Cluster, seconds: float) -> None:
+    for clock in cluster.clocks:
+        assert isinstance(clock, NodeClock)
+        clock.slept_s += seconds
+
+
+def decides(cluster: Cluster) -> int:
+    """The node that decides on the lock "l"."""
+    (node,) = [n for n in cluster.living() if n.coordinator and b"lock:l" in n.coordinator.registers._chosen]
+    return cluster.names.index(node.node_id)
 
 
 def die(lock: Lock) -> None:
@@ -106,7 +134,7 @@ async def test_waiting_costs_no_polling() -> None:
             waiter = other.lock("l", ttl=30)
             task = asyncio.create_task(waiter.__aenter__())
             await asyncio.sleep(0.5)
-            assert len([m for m in asked if isinstance(m, Watch)]) == 1
+            assert [m.timeout_ms > 0 for m in asked if isinstance(m, Watch)] == [False, True]  # how old, then the line
             assert not any(isinstance(m, Update) for m in asked)
             released = time.monotonic()
         await task
@@ -272,6 +300,82 @@ async def test_a_dead_holder_is_followed_a_lease_after_one_has_seen_it_whatever_
         with pytest.raises(LockLost):
             await dead.release()
         assert lock.held and (await record(waiter, "l")).holder == lock._holder
+
+
+async def test_clients_that_look_but_once_follow_a_dead_holder() -> None:
+    async with aging() as cluster:
+        dead = await (await cluster.client()).try_lock("l", ttl=600)
+        assert dead is not None
+        die(dead)
+        assert await (await cluster.client()).try_lock("l") is None
+        age(cluster, 580.0)
+        assert await (await cluster.client()).try_lock("l") is None
+        with pytest.raises(LockHeld):
+            await (await cluster.client()).lock("l", timeout=0).__aenter__()
+        age(cluster, 21.0)
+        lock = await (await cluster.client()).try_lock("l", ttl=600)
+        assert lock is not None and lock.token > dead.token
+        die(lock)
+        age(cluster, 601.0)
+        async with (await cluster.client()).lock("l", timeout=0) as third:
+            assert third.token > lock.token
+
+
+async def test_who_comes_late_to_a_dead_holder_waits_for_what_is_left_of_its_lease() -> None:
+    async with aging() as cluster:
+        dead = await (await cluster.client()).try_lock("l", ttl=60)
+        assert dead is not None
+        die(dead)
+        age(cluster, 59.0)
+        async with (await cluster.client()).lock("l", timeout=10) as lock:
+            assert lock.token > dead.token
+
+
+async def test_a_node_that_comes_to_decide_on_a_lock_knows_it_since_somebody_asked() -> None:
+    async with aging() as cluster:
+        dead = await (await cluster.client()).try_lock("l", ttl=600)
+        assert dead is not None
+        die(dead)
+        at = decides(cluster)
+        await cluster.down(at)
+        age(cluster, 601.0)
+        assert await (await cluster.client((at + 1) % 3)).try_lock("l") is None  # nobody who is left had seen it
+        age(cluster, 580.0)
+        assert await (await cluster.client((at + 1) % 3)).try_lock("l") is None
+        age(cluster, 21.0)
+        assert await (await cluster.client((at + 1) % 3)).try_lock("l") is not None
+
+
+async def test_a_renewal_is_another_version_whose_age_begins_anew() -> None:
+    async with aging() as cluster:
+        lock = await (await cluster.client()).try_lock("l", ttl=1.5)
+        assert lock is not None
+        age(cluster, 60.0)
+        seen = lock._version
+        await until(lambda: lock._version > seen)
+        assert await (await cluster.client()).try_lock("l") is None
+        lock.check()
+        await lock.release()
+
+
+@pytest.mark.parametrize("answer", ["none", "an error"])
+async def test_a_lock_is_to_be_had_though_nobody_says_how_old_its_record_is(answer: str) -> None:
+    async with Cluster(3) as cluster:
+
+        def rule(src: str, dst: str, message: object) -> tuple[float, ...] | None:
+            if not isinstance(message, WatchReply):
+                return None
+            message.error = (32, "too much", 0, 0)
+            return LOST if answer == "none" else None
+
+        cluster.rule(rule)
+        client, other = await cluster.client(), await cluster.client()
+        dead = await client.try_lock("l", ttl=1.0)
+        assert dead is not None
+        die(dead)
+        assert await other.try_lock("l") is None
+        async with other.lock("l", timeout=10) as lock:
+            assert lock.token > dead.token
 
 
 async def test_a_renewal_starts_the_count_of_those_who_wait_anew() -> None:

@@ -12,6 +12,7 @@ from cluster import LOST, Cluster, Wire, until
 
 from agi.core.dht.acceptor import Acceptor
 from agi.core.dht.errors import (
+    InvalidConsistency,
     InvalidRequest,
     InvalidTTL,
     InvalidValue,
@@ -22,7 +23,7 @@ from agi.core.dht.errors import (
     from_wire,
 )
 from agi.core.dht.observability.metrics import Metrics
-from agi.core.dht.protocol.consensus import ADD, IF_ABSENT, PUT, ballot, is_register, state_of
+from agi.core.dht.protocol.consensus import ADD, IF_ABSENT, PUT, State, ballot, is_register, register_of, state_of
 from agi.core.dht.protocol.floors import Floors
 from agi.core.dht.protocol.messages import (
     Get,
@@ -37,12 +38,12 @@ from agi.core.dht.protocol.messages import (
     Scan,
     Update,
 )
-from agi.core.dht.protocol.record import HEADER
+from agi.core.dht.protocol.record import FLAGS, HEADER, UNVOTED
 from agi.core.dht.protocol.versioning import HLC
 from agi.core.dht.registers import Registers
-from agi.core.dht.replica import Replica
+from agi.core.dht.replica import FILL, Replica
 from agi.core.dht.testing import SimDisk, Simulation, run_simulation
-from agi.core.dht.types import Consistency
+from agi.core.dht.types import Consistency, Fence
 
 
 async def test_a_put_may_be_bound_to_a_version_or_to_absence() -> None:
@@ -354,6 +355,47 @@ async def test_a_plain_value_that_a_promise_keeps_from_being_repaired_is_decided
         assert sum(is_register(record) and state_of(record).value == b"v2" for record in cluster.held("k")) >= 2
 
 
+@pytest.mark.parametrize("how", ["a coordinator", "the client", "a scan"])
+async def test_what_a_migration_brings_below_a_promise_is_no_vote(how: str) -> None:
+    """n0 alone has accepted v1; n1 and n2 have promised more, to somebody who found nothing, when a migration brings v1
+    to n1. So v1 may still be passed over, though two of three hold it: it is decided before it is shown (R2, R9)."""
+    async with Cluster(3) as cluster:
+        wire, client = await cluster.wire(0), await cluster.client()
+        found: list[list[bytes | None]] = []
+        for i in (1, 2):
+            cluster.node(i).acceptor.prepare([b"k"], [ballot(5, 7)], lambda held, *_: found.append(held))
+        await until(lambda: len(found) == 2)
+        assert found == [[None], [None]]
+        v1 = register_of(b"k", ballot(4, 7), State(4 << 16, b"v1"))
+        stored: list[object] = []
+        cluster.node(0).acceptor.accept([b"k"], [v1], lambda *said: stored.append(said))
+        cluster.node(1).replica.write(FILL, [b"k"], [v1], False, lambda *said: stored.append(said))
+        await until(lambda: len(stored) == 2)
+        assert cluster.held("k") == [v1, v1, None]
+        shown: list[bytes | None] = []
+        for i in (0, 1):
+            cluster.node(i).replica.read([b"k"], lambda records, *_: shown.extend(records), mark=True)
+        await until(lambda: len(shown) == 2)
+        assert [record and record[FLAGS] & UNVOTED for record in shown] == [0, UNVOTED]
+
+        cluster.rule(lambda src, dst, m: LOST if dst == "n2" and isinstance(m, ReplicaRead | ReplicaScan) else None)
+        if how == "a coordinator":
+            record = (await wire.ask(Get(0, Consistency.LINEARIZABLE, 3000, [b"k"]))).records[0]
+            assert record[HEADER:] == b"v1"
+        elif how == "a scan":
+            record = (await wire.ask(Scan(0, Consistency.LINEARIZABLE, 3000, b"", b"", 10))).records[0]
+            assert record[HEADER:] == b"v1"
+        else:
+            assert await client.get("k", consistency=Consistency.LINEARIZABLE) == b"v1"
+        refused: list[object] = []
+        other = register_of(b"k", ballot(5, 7), State(5 << 16, b"v2"))  # of whoever found nothing
+        for i in (1, 2):
+            cluster.node(i).acceptor.accept([b"k"], [other], lambda places, error: refused.append(places))
+        await until(lambda: len(refused) == 2)
+        assert any(refused), "v1 was shown, and v2 was chosen without it"
+        assert await client.get("k", consistency=Consistency.LINEARIZABLE) == b"v1"
+
+
 async def test_a_promise_of_a_node_that_does_not_hold_the_key_is_forgotten() -> None:
     async with Cluster(4) as cluster:
         stranger = next(iter({0, 1, 2, 3} - set(cluster.holders("k"))))
@@ -436,4 +478,25 @@ async def test_bad_input_changes_nothing() -> None:
             await client.compare_and_set("k", b"word", "text")  # type: ignore[arg-type]  # that is the test
         with pytest.raises(InvalidRequest):
             await client.incr("k", 1 << 63)
+        version = await client.put("k", b"word", if_version=await client.put("k", b"word"))
+        fence = Fence("l", 7)
+        for call in (
+            client.put("k", b"x", if_version=version, consistency="BOGUS"),
+            client.put("k", b"x", fence=fence, consistency="BOGUS"),
+            client.delete("k", if_version=version, consistency="BOGUS"),
+            client.get("k", fence=fence, consistency="BOGUS"),
+            client.get_entry("k", fence=fence, consistency="BOGUS"),
+        ):
+            with pytest.raises(InvalidConsistency):
+                await call
+        for absent in ("no", 1, 0, None):
+            with pytest.raises(InvalidRequest, match="if_absent"):
+                await client.put("k2", b"x", if_absent=absent)  # type: ignore[arg-type]  # that is the test
+        with pytest.raises(InvalidRequest, match="no ttl"):
+            await client.compare_and_set("k", b"word", None, ttl_seconds=5)
+        with pytest.raises(InvalidRequest, match="function"):
+            await client.update("k", None)  # type: ignore[arg-type]  # that is the test
+        entry = await client.get_entry("k")
+        assert entry is not None and entry.version == version and await client.get("k2") is None
+        await client.put("k", b"word", fence=Fence("l", 6))  # no fence was shown
         assert await client.get("k") == b"word"

@@ -13,9 +13,9 @@ from agi.core.dht.client import DHTClient
 from agi.core.dht.client.links import Remote
 from agi.core.dht.client.routing import by_key
 from agi.core.dht.client.silence import SILENT_S
-from agi.core.dht.errors import OutcomeUnknown, VersionConflict
-from agi.core.dht.protocol.consensus import MOVE_AFTER_S, WINDOW, state_of
-from agi.core.dht.protocol.messages import Put, RegisterPrepare, RegisterPromises, Update, UpdateReply
+from agi.core.dht.errors import OutcomeUnknown, Unavailable, VersionConflict, from_wire
+from agi.core.dht.protocol.consensus import LOOK, MOVE_AFTER_S, WINDOW, state_of
+from agi.core.dht.protocol.messages import Op, Put, RegisterPrepare, RegisterPromises, Update, UpdateReply
 from agi.core.dht.types import Consistency
 
 TIMEOUT_S = 8.0
@@ -202,6 +202,39 @@ async def test_a_look_has_no_outcome_that_later_operations_could_hide(way: str) 
             assert await client.update(key, lambda value: (value or b"") + b"!") == b"%d!" % (WINDOW + 1)
         else:
             assert await client.get(key, fence=lock) == b"%d" % (WINDOW + 1)
+
+
+@pytest.mark.parametrize("how", ["update", "get", "exists", "scan"])
+@pytest.mark.parametrize("gone", ["silent", "dead"])
+async def test_a_look_that_nobody_answers_has_written_nothing_and_says_so(how: str, gone: str) -> None:
+    async with Cluster(3) as cluster:
+        client = await cluster.client(timeout=1.5)
+        key = key_of(1, cluster)
+        await client.put(key, b"1", if_absent=True)
+        for i in (1, 2):
+            if gone == "silent":
+                silence(cluster, i)
+            else:
+                await cluster.down(i)
+        with pytest.raises(Unavailable) as caught:
+            if how == "update":
+                await client.update(key, lambda value: b"2")
+            elif how == "get":
+                await client.get(key, consistency=Consistency.LINEARIZABLE)
+            elif how == "exists":
+                await client.exists(key, consistency=Consistency.LINEARIZABLE)
+            else:
+                await client.scan("k", consistency=Consistency.LINEARIZABLE)
+        assert "may" not in caught.value.message, caught.value.message
+
+
+@pytest.mark.parametrize("fence", [None, (b"lock:l", 7)])
+async def test_a_second_try_of_a_look_writes_nothing_either_but_for_a_fence(fence: tuple[bytes, int] | None) -> None:
+    async with Cluster(3) as cluster:
+        cluster.rule(lambda src, dst, message: LOST if isinstance(message, RegisterPromises) else None)
+        op = Op(bytes(16), b"k", LOOK, fence=fence, retry=True)
+        reply = await (await cluster.wire(0)).ask(Update(0, 300, [op]))
+        assert type(from_wire(*reply.results[0].error)) is (Unavailable if fence is None else OutcomeUnknown)
 
 
 async def test_an_unknown_outcome_is_found_out_elsewhere() -> None:

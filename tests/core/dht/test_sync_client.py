@@ -10,7 +10,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from cluster import WAIT_S, ThreadedCluster
@@ -234,6 +234,43 @@ def test_an_interrupt_ends_the_wait_and_leaves_the_client_usable(nodes: Threaded
     while client._loop._calls and time.monotonic() < deadline:  # type: ignore[union-attr]
         threading.Event().wait(0.005)
     assert not client._loop._calls  # type: ignore[union-attr]  # the call was given up, not left behind
+
+
+def test_a_callback_that_calls_the_client_is_told_not_to(client: SyncDHTClient) -> None:
+    client.put("k", b"1")
+    lock = client.lock("l", timeout=0)
+    iterator = client.iterate()
+
+    def take() -> None:
+        with lock:
+            pass
+
+    calls: list[Callable[[], object]] = [
+        lambda: client.get("k"),
+        lambda: client.update("k", lambda value: b"3"),
+        lambda: next(iterator),
+        take,
+    ]
+    errors: list[InvalidRequest] = []
+
+    def change(value: bytes | None) -> bytes:
+        for call in calls:
+            with pytest.raises(InvalidRequest, match="callback") as caught:
+                call()
+            errors.append(caught.value)
+        return b"2"
+
+    done = threading.Event()
+
+    def work() -> None:
+        assert client.update("k", change) == b"2"
+        told = client.repair(on_progress=lambda name, state: client.get("k"))
+        assert all("callback" in state["error"] for state in told.values()), told
+        done.set()
+
+    threading.Thread(target=work, daemon=True).start()
+    assert done.wait(WAIT_S)
+    assert len(errors) == len(calls) and client.get("k") == b"2"
 
 
 def test_a_forked_child_is_told_and_does_not_disturb_its_parent(client: SyncDHTClient) -> None:

@@ -602,7 +602,8 @@ class Registers:
 
 
 def _ended(waiting: Waiting, error: DHTError) -> OpResult:
-    if waiting.sent or waiting.op.retry:
+    looks = waiting.op.kind == LOOK and waiting.op.fence is None  # which writes nothing, however often it is tried
+    if not looks and (waiting.sent or waiting.op.retry):
         what = f"{error.message}; some replica may have accepted it"
         error = OutcomeUnknown(what, needed=error.needed, answered=error.answered)
     return OpResult(error=error.to_wire())

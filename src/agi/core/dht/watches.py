@@ -5,11 +5,19 @@ when his watch is over. It helps while all clients send what concerns a key to t
 
 A waiter keeps its place while it looks for itself between two watches, so one that was woken and came second to
 somebody who had not waited is the next again. If who was woken does nothing about it, the next one is.
+
+One thing that is told here does count: for how long this node has known the very version of a lock's record that
+somebody has seen (`known_ms`), by a clock that runs while machines sleep. No node knows a version before it was
+written, nor was it written before its holder began to count; and what is chosen for a key has a version above all
+before, so that it names one write. So the record is at least that old, and whoever waits for the end of its lease may
+count from then, also if he was not there: so processes that look once and give up can follow a dead holder.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
+from typing import NamedTuple
 
 import structlog
 
@@ -20,7 +28,7 @@ from agi.core.dht.protocol.locks import HOLDER_BYTES_MAX, unpack_lock
 from agi.core.dht.protocol.messages import Watch, WatchReply
 from agi.core.dht.protocol.timers import TimerWheel
 from agi.core.dht.requests import ReplyTo
-from agi.core.dht.types import KEY_BYTES_MAX
+from agi.core.dht.types import KEY_BYTES_MAX, LOCK_PREFIX
 
 _log = structlog.get_logger("agi.core.dht.watches")
 
@@ -31,6 +39,16 @@ WAKE_S = 0.5
 """Who was woken has so long before the next one is."""
 PLACE_S = 3.0
 """A place is kept so long for a waiter that looks for itself."""
+KNOWN_MAX = 4096
+"""Locks of which a node remembers since when it knows their version."""
+
+
+class _Known(NamedTuple):
+    """Of a lock: a version, and since when this node knows it, by `Clock.boottime`. `chosen`: it was chosen here."""
+
+    version: int
+    since: float
+    chosen: bool
 
 
 class _Place:
@@ -65,6 +83,7 @@ class Watches:
     def __init__(self, clock: Clock, known: Callable[[bytes], bytes | None]) -> None:
         self._clock = clock
         self._known = known
+        self._since: OrderedDict[bytes, _Known] = OrderedDict()
         self._lines: dict[bytes, _Line] = {}
         self._places = 0
         self._serial = 0
@@ -75,17 +94,22 @@ class Watches:
         return self._places
 
     def start(self, request: Watch, reply: ReplyTo) -> None:
-        """`reply` gets one WatchReply: when it is this waiter's turn, at once where the key has moved on, or at its
-        time."""
+        """`reply` gets one WatchReply: when it is this waiter's turn, at once where the key has moved on or nobody
+        waits, or at its time."""
         error: DHTError | None = None
         if not 1 <= len(request.key) <= KEY_BYTES_MAX or not 1 <= len(request.waiter.encode()) <= HOLDER_BYTES_MAX:
             error = InvalidRequest("a watch has a key and the name of who waits")
+        only_asks = request.timeout_ms <= 0
         line = self._lines.get(request.key)
         place = None if line is None else line.places.get(request.waiter)
-        if place is None and self._places >= WATCHES_MAX:
+        if not only_asks and place is None and self._places >= WATCHES_MAX:
             error = Overloaded(f"{WATCHES_MAX} wait for locks at this node already")
         if error is not None:
             reply(WatchReply(request.id, error=error.to_wire()))
+            return
+        known_ms = self._told(request.key, request.version)
+        if only_asks:
+            reply(WatchReply(request.id, known_ms=known_ms))
             return
         if line is None:
             line = self._lines[request.key] = _Line()
@@ -104,9 +128,15 @@ class Watches:
     def chose(self, key: bytes, record: bytes) -> None:
         """This is the key's value now."""
         line = self._lines.get(key)
-        if line is None:
+        is_lock = key.startswith(LOCK_PREFIX)
+        if line is None and not is_lock:
             return
         version, holder = _holder(record)
+        known = self._since.get(key)
+        if is_lock and (known is None or known.version != version or not known.chosen):
+            self._remember(key, version, chosen=True)
+        if line is None:
+            return
         line.serial = 0
         if holder:
             line.free_at = 0
@@ -135,6 +165,7 @@ class Watches:
 
     def end(self) -> None:
         """Everybody is to look for himself: this node stops, or others decide on their keys."""
+        self._since.clear()
         for key, line in list(self._lines.items()):
             for waiter, place in list(line.places.items()):
                 if place.reply is not None:
@@ -142,6 +173,28 @@ class Watches:
                 self._leave(key, waiter)
 
     # --- inside
+
+    def _told(self, key: bytes, version: int) -> int:
+        """For how many milliseconds that version of a lock, which somebody has seen, is known here. A node that has
+        just come to decide on the key hears of a dead holder's version in no other way.
+
+        What somebody says is believed, but only from now on, so a version that was ever chosen is never taken for older
+        than it is. One that was made up tells nobody anything: it counts for those alone who see that very version, it
+        is dropped when a version is chosen here, even that one, and a lower one does not take the place of what is
+        known. Who could guess the version that another node will make could as well delete the lock."""
+        known = self._since.get(key)
+        if known is not None and known.version == version:
+            self._since.move_to_end(key)
+            return max(0, int((self._clock.boottime() - known.since) * 1000))
+        if key.startswith(LOCK_PREFIX) and version > (0 if known is None else known.version):
+            self._remember(key, version, chosen=False)
+        return 0
+
+    def _remember(self, key: bytes, version: int, *, chosen: bool) -> None:
+        self._since.pop(key, None)
+        self._since[key] = _Known(version, self._clock.boottime(), chosen)
+        if len(self._since) > KNOWN_MAX:
+            self._since.popitem(last=False)
 
     def _state(self, key: bytes) -> tuple[int, bool]:
         """The version that is known, 0 for none, and whether the lock is free at it."""

@@ -73,6 +73,10 @@ def test_who_holds_a_lock(dht: Any, cluster: Any) -> None:
             assert f"token {lock.token}, lease 20 s" in dht("lock", "status", "c:2").text
             refused = dht("lock", "c:2", "--timeout", "0", "--", "true")
             assert refused.code == 30 and refused.err.startswith("error: the lock 'c:2' was held by another")
+            told = dht("lock", "c:2", "--timeout", "0", "--json", "--", "true")
+            shown, error = told.err.splitlines()
+            assert msgspec.json.decode(shown) == {"name": "c:2", "token": None, "exit_code": 30, "lost": False}
+            assert told.code == 30 and told.out == b"" and error.startswith("error: the lock 'c:2'")
         assert not dht("lock", "status", "c:2", "--json").json["held"]
 
 
@@ -83,7 +87,15 @@ def test_a_fence_keeps_an_earlier_holder_out(dht: Any) -> None:
     assert dht("delete", "c:k", "--fence", "c:3:8").code == 28
     assert dht("put", "c:k", "old", "--fence", "other:99").code == 10
     assert dht("get", "c:k").out == b"new"
-    assert dht("delete", "c:k", "--fence", "c:3:9").code == 0
+    assert dht("get", "c:k", "--fence", "c:3:8").code == 28
+    assert dht("get", "c:k", "--fence", "c:3:x").code == 10
+    version = dht("get", "c:k", "--json").json["version"]
+    read = dht("get", "c:k", "--fence", "c:3:10", "--json").json
+    assert (read["value"], read["version"]) == ("new", version)
+    assert dht("put", "c:k", "late", "--fence", "c:3:9").code == 28
+    assert dht("put", "c:k", "next", "--fence", "c:3:10", "--if-version", str(version)).code == 0
+    assert dht("delete", "c:k", "--fence", "c:3:10").code == 0
+    assert dht("get", "c:k", "--fence", "c:3:10").code == 3
     assert dht("put", "c:k", "old", "--fence", "c:3:8").code == 28
     for wrong in ("c:3", "c:3:", ":9", "c:3:-1", "c:3:0", "c:3:" + "9" * 30, ""):
         assert dht("put", "c:k", "x", "--fence", wrong).code == 10, wrong
@@ -135,6 +147,22 @@ def test_one_command_after_the_other(helpers: Any, cluster: Any, tmp_path: Path)
         ]
         assert [child.wait(30) for child in children] == [0] * 4
     assert log.read_text().split() == ["in", "out"] * 4
+
+
+def test_a_command_whose_holder_was_killed_is_followed_by_one_that_looks_once(
+    dht: Any, helpers: Any, cluster: Any
+) -> None:
+    run = python("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+    with background(helpers, cluster, "lock", "c:cron", "--ttl", "2", *run) as child:
+        orphan = int(child.stdout.readline())
+        child.kill()
+        child.wait(10)
+        os.kill(orphan, signal.SIGKILL)
+    codes = [dht("lock", "c:cron", "--ttl", "2", "--timeout", "0", "--", "true").code]
+    until = time.monotonic() + 20
+    while codes[-1] and time.monotonic() < until:
+        codes.append(dht("lock", "c:cron", "--ttl", "2", "--timeout", "0", "--", "true").code)
+    assert codes[-1] == 0 and set(codes[:-1]) <= {30}, codes
 
 
 def test_a_signal_ends_the_command_and_frees_the_lock(dht: Any, helpers: Any, cluster: Any) -> None:

@@ -49,6 +49,7 @@ from agi.core.dht.topology import Topology, unpack
 from agi.core.dht.tree_answers import TreeAnswers
 from agi.core.dht.treekeeper import TreeKeeper
 from agi.core.dht.types import MemberStatus
+from agi.core.dht.watches import Watches, _Known
 from agi.core.dht.writes import WriteGroup
 
 SEEDS_MAX = 200
@@ -613,6 +614,22 @@ def _lease_by_the_wall_clock() -> AbstractContextManager[object]:
     return mock.patch.object(SimClock, "boottime", lambda self: self.wall_ms() / 1000)
 
 
+def _age_of_another() -> AbstractContextManager[Any]:
+    real = Watches._told
+
+    def told(self: Watches, key: bytes, version: int) -> int:
+        since = self._since.get(key)
+        return real(self, key, version if since is None else since.version)
+
+    def remember(self: Watches, key: bytes, version: int, *, chosen: bool) -> None:
+        self._since.setdefault(key, _Known(version, self._clock.boottime(), chosen))
+
+    patches = ExitStack()
+    patches.enter_context(mock.patch.object(Watches, "_told", told))
+    patches.enter_context(mock.patch.object(Watches, "_remember", remember))
+    return patches
+
+
 def _released_by_a_stale_holder() -> AbstractContextManager[object]:
     """Whoever was a holder frees the lock, whether it is his still or another's."""
 
@@ -733,6 +750,7 @@ MUTANTS = (
     Mutant("round-across-epochs", "R6: an epoch change ends every round", _round_across_epochs, Profile.CONSENSUS),
     Mutant("fence-unchecked", "L3: a lower token is refused", _fence_unchecked, Profile.CONSENSUS, seed=4),
     Mutant("lease-by-wall-clock", "L2: leases are counted, not dated", _lease_by_the_wall_clock, Profile.CONSENSUS),
+    Mutant("age-of-another", "L2: the age that a node tells is of that version", _age_of_another, Profile.CONSENSUS),
     Mutant(
         "stale-release", "L2: a release is bound to its version", _released_by_a_stale_holder, Profile.CONSENSUS, seed=5
     ),

@@ -48,6 +48,7 @@ def get(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the value to a file, in one step.", show_default=False)
     ] = None,
+    fence: Fenced = None,
     connect: Connect = DEFAULT_CONNECT,
     timeout: Timeout = None,
     consistency: Level = None,
@@ -56,6 +57,9 @@ def get(
     """Print the value of a key.
 
     The bytes of the value and nothing else go to stdout. Exit code 3: the key holds no value.
+
+    With --fence it is a step of its own among the key's writes, whatever --consistency says: earlier holders of the
+    lock can change the key no more. Exit code 28: a later holder was there.
 
     --json prints {"key", "found", "value" (text) or "value_base64", "version", "expires_at" (or null), "created_at",
     "updated_at"}; times are milliseconds since 1970.
@@ -71,8 +75,9 @@ def get(
     if out is not None and as_json:
         raise typer.BadParameter("--out and --json exclude each other")
     encode_key(key)
+    shown_fence = _fence(fence)
     with connected(connect, timeout, consistency) as client:
-        entry = client.get_entry(key)
+        entry = client.get_entry(key, fence=shown_fence)
     if entry is None:
         if as_json:
             output.document({"key": key, "found": False})

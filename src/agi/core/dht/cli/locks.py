@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 from agi.core.dht.cli import output
 from agi.core.dht.cli.connection import DEFAULT_CONNECT, AsJson, Connect, Timeout, connected
 from agi.core.dht.cli.data import NOT_FOUND_EXIT_CODE
-from agi.core.dht.errors import InvalidRequest, LockLost
+from agi.core.dht.errors import InvalidRequest, LockHeld, LockLost
 from agi.core.dht.protocol.locks import lease_ms_of
 from agi.core.dht.types import lock_key
 
@@ -64,11 +64,12 @@ def lock(
     and the fencing token in AGI_DHT_LOCK_NAME and AGI_DHT_LOCK_TOKEN; `agi-dht put --fence NAME:TOKEN` is refused once
     a later holder has been at the key. If the lease cannot be renewed the command, with all that it has started in its
     process group, gets SIGTERM, and after --grace SIGKILL: by default before another can have the lock. Signals are
-    passed on to that group. Without a COMMAND, `agi-dht lock status NAME` shows who holds a lock.
+    passed on to that group. If agi-dht itself is killed, its lock can be had --ttl after its last renewal, with
+    --timeout 0 too. Without a COMMAND, `agi-dht lock status NAME` shows who holds a lock.
 
     Exit code: the command's, 128 + N where signal N ended it; 30: another held the lock all the time; 29: it was lost.
 
-    --json prints {"name", "token", "exit_code", "lost"} to stderr at the end.
+    --json prints {"name", "token", "exit_code", "lost"} to stderr at the end; token is null where another held it.
 
     Examples:
 
@@ -80,18 +81,19 @@ def lock(
     lease_s = lease_ms_of(ttl) / 1000
     if grace is not None and not 0 <= grace <= 3600:
         raise InvalidRequest(f"--grace is 0 to 3600 seconds, not {grace!r}")
-    lost = None
+    held: SyncLock | None = None
+    failure: LockHeld | LockLost | None = None
     with connected(connect, None) as client:
         try:
             with client.lock(name, ttl=ttl, timeout=timeout) as held:
                 code = _run(command, held, lease_s / 10 if grace is None else grace)
-        except LockLost as error:
-            lost = error
+        except (LockHeld, LockLost) as error:
+            failure, code = error, error.exit_code
     if as_json:
-        result = {"name": name, "token": held.token, "exit_code": lost.exit_code if lost else code, "lost": bool(lost)}
-        output.note_document(result)
-    if lost is not None:
-        raise lost
+        token, lost = held.token if held else None, isinstance(failure, LockLost)
+        output.note_document({"name": name, "token": token, "exit_code": code, "lost": lost})
+    if failure is not None:
+        raise failure
     raise typer.Exit(code)
 
 

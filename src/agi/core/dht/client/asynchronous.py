@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from agi.core.dht.client.batches import BATCH_KEYS_MAX, Batch, Gathered, Kind, OpenBatch, spans
 from agi.core.dht.client.changes import MembershipCalls
-from agi.core.dht.client.conditional import checked_version
+from agi.core.dht.client.conditional import check_level, checked_version
 from agi.core.dht.client.locks import LockCalls
 from agi.core.dht.client.members import MemberStates, StatusCallback
 from agi.core.dht.client.repairs import order_repairs
@@ -181,6 +181,7 @@ class DHTClient(MembershipCalls, LockCalls):
         Raises InvalidKey, Unavailable; with a fence also WrongFence, FenceRejected, OutcomeUnknown.
         """
         if fence is not None:
+            check_level(consistency)
             found = await self._look(key, timeout, fence)
             return None if found is None else found[HEADER:]
         raw = encode_key(key)
@@ -202,13 +203,20 @@ class DHTClient(MembershipCalls, LockCalls):
         return None if record is None else record[HEADER:]
 
     async def get_entry(
-        self, key: str, *, consistency: Consistency | str | None = None, timeout: float | None = None
+        self,
+        key: str,
+        *,
+        consistency: Consistency | str | None = None,
+        timeout: float | None = None,
+        fence: Fencing | None = None,
     ) -> Entry | None:
-        """The value with its version and times, or None."""
-        record = await self._one(Kind.GET, key, consistency, timeout)
-        if record is None:
-            return None
-        return _entry(key, record)
+        """The value with its version and times, or None. `fence` as in `get`."""
+        if fence is not None:
+            check_level(consistency)
+            record = await self._look(key, timeout, fence)
+        else:
+            record = await self._one(Kind.GET, key, consistency, timeout)
+        return None if record is None else _entry(key, record)
 
     async def exists(
         self, key: str, *, consistency: Consistency | str | None = None, timeout: float | None = None
@@ -237,7 +245,10 @@ class DHTClient(MembershipCalls, LockCalls):
         Raises InvalidKey, InvalidValue, InvalidTTL; VersionConflict, WrongFence, FenceRejected; Unavailable (nothing
         written); OutcomeUnknown; ClockSkew.
         """
-        if if_absent or if_version is not None or fence is not None:
+        if if_absent is not False or if_version is not None or fence is not None:
+            check_level(consistency)
+            if not isinstance(if_absent, bool):
+                raise InvalidRequest(f"if_absent is True or False, not {if_absent!r:.40}")
             if if_absent and if_version is not None:
                 raise InvalidRequest("a key is absent, or at a version: not both")
             at = 0 if if_absent else None if if_version is None else checked_version(if_version)
@@ -281,6 +292,7 @@ class DHTClient(MembershipCalls, LockCalls):
         """Deletes a key. True if one of the replicas that answered held a live value. `if_version` and `fence` as in
         `put`."""
         if if_version is not None or fence is not None:
+            check_level(consistency)
             at = None if if_version is None else checked_version(if_version)
             return bool((await self._write_over(key, None, None, at, timeout, fence)).number)
         return bool(await self._one(Kind.DELETE, key, consistency, timeout))

@@ -12,8 +12,9 @@ import abc
 import secrets
 from collections.abc import Callable
 
+from agi.core.dht.client.session import MAYBE
 from agi.core.dht.clock import Clock
-from agi.core.dht.errors import InvalidRequest, Unavailable, VersionConflict, from_wire
+from agi.core.dht.errors import InvalidRequest, OutcomeUnknown, Unavailable, VersionConflict, from_wire
 from agi.core.dht.protocol.consensus import (
     ADD,
     ANYHOW,
@@ -29,7 +30,7 @@ from agi.core.dht.protocol.consensus import (
 )
 from agi.core.dht.protocol.messages import Op, OpResult
 from agi.core.dht.protocol.record import HEADER, hlc_of
-from agi.core.dht.types import Fence, Fencing, check_value, encode_key, lock_key, ttl_to_ms
+from agi.core.dht.types import Consistency, Fence, Fencing, check_value, encode_key, lock_key, ttl_to_ms
 
 Change = Callable[[bytes | None], bytes | None]
 UPDATE_PARTS = 8
@@ -62,8 +63,10 @@ class ConditionalCalls(abc.ABC):
         Returns the new version.
 
         Raises VersionConflict with the key's version where it holds something else; InvalidKey, InvalidValue,
-        InvalidTTL; Unavailable (nothing written); OutcomeUnknown.
+        InvalidTTL, InvalidRequest; Unavailable (nothing written); OutcomeUnknown.
         """
+        if value is None and ttl_seconds is not None:
+            raise InvalidRequest("a deletion has no ttl")
         op = self._op(key, REMOVE if value is None else PUT, ttl_seconds)
         if value is not None:
             op.value = check_value(value)
@@ -94,6 +97,8 @@ class ConditionalCalls(abc.ABC):
         Raises what `change` raises; VersionConflict where others were faster until the time was over; else as
         `compare_and_set`.
         """
+        if not callable(change):
+            raise InvalidRequest(f"what changes the value is a function, not {change!r:.40}")
         until = self._until(timeout)
         part_s = (until - self._clock.monotonic()) / UPDATE_PARTS
 
@@ -142,7 +147,14 @@ class ConditionalCalls(abc.ABC):
         """The key's record, plain, as a step of its own among its writes."""
         op = self._op(key, LOOK, None)
         op.fence = fence_of(fence)
-        return (await self._decided(op, timeout)).record
+        try:
+            return (await self._decided(op, timeout)).record
+        except OutcomeUnknown as error:
+            if fence is not None:
+                raise  # the mark may have been raised
+            # it travels with writes, and its batch ends as theirs; but it has written nothing
+            message = error.message.replace(f"{MAYBE}: ", "").replace(f": {MAYBE}", "")
+            raise Unavailable(message, needed=error.needed, answered=error.answered) from None
 
     async def _decided(self, op: Op, timeout: float | None, urgent: bool = False) -> OpResult:
         result = await self._operate(op, timeout, urgent)
@@ -166,6 +178,12 @@ def fence_of(fencing: Fencing | None) -> tuple[bytes, int] | None:
     if not isinstance(fence, Fence):
         raise InvalidRequest(f"a fence is a lock that was held, or a Fence, not {fencing!r:.40}")
     return lock_key(fence.lock), fence.token
+
+
+def check_level(consistency: object) -> None:
+    """Of a call under consensus, which has its own: it is no less a mistake there. Raises InvalidConsistency."""
+    if consistency is not None:
+        Consistency.parse(consistency)
 
 
 def checked_version(version: object) -> int:

@@ -2,7 +2,8 @@
 
 A holder renews its lease by writes that are bound to the version that it knows, and stops believing in it before
 anybody else may take it. Who waits stands in a line at the node that decides on the key (watches.py), and counts the
-lease of a holder that is not heard of from when he first saw its record. Neither looks at a wall clock.
+lease of a holder that is not heard of from when he first saw its record, or that node did. Neither looks at a wall
+clock.
 
 A lease cannot keep a holder that was paused from going on afterwards for a moment, believing what it believed before.
 So each acquisition has a token, higher than all before, and writes that show it (`fence=`) are refused once a later
@@ -61,11 +62,13 @@ WAIT_S_MAX = 366 * 24 * 3600.0
 
 
 class _Seen(NamedTuple):
-    """A record as it was read; `since`: when this client first saw this version, by its clock."""
+    """A record as it was read; `since`: when this version was first seen, by this client's clock. `asked`: by anybody,
+    as the node that decides on the key says."""
 
     version: int
     record: LockRecord
     since: float
+    asked: bool = False
 
 
 class LockCalls(ConditionalCalls):
@@ -106,7 +109,7 @@ class LockCalls(ConditionalCalls):
 
     async def try_lock(self, name: str, *, ttl: float = 10.0) -> Lock | None:
         """The lock, held, or None where another has it; never waits. `release` it, or let `async with` do so. One whose
-        holder is dead can be had a lease after this client first saw it so.
+        holder is dead can be had a lease after its last renewal (docs/locks.md).
 
         Raises InvalidKey, InvalidTTL, Unavailable, OutcomeUnknown.
         """
@@ -132,10 +135,14 @@ class LockCalls(ConditionalCalls):
         if before is None or before.version != version:
             record = LockRecord("", 0) if entry is None else unpack_lock(entry.value)
             before = _Seen(version, record, self._clock.boottime())
-        self._seen[key] = before
-        while len(self._seen) > SEEN_MAX:
-            self._seen.popitem(last=False)
+        self._saw(key, before)
         return before
+
+    def _saw(self, key: str, seen: _Seen) -> None:
+        self._seen.pop(key, None)
+        self._seen[key] = seen
+        if len(self._seen) > SEEN_MAX:
+            self._seen.popitem(last=False)
 
     def _own_task(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine, name=name)
@@ -302,6 +309,8 @@ class Lock:
                     if self._token:
                         return True
                     left_s = self._taken_s(seen)
+                    if left_s > 0 and not seen.asked:
+                        left_s = self._taken_s(await self._ask_since(seen))
                     if left_s > 0:
                         if not wait or self._left_s(until) <= 0:
                             return False
@@ -374,17 +383,8 @@ class Lock:
         be looked up."""
         left_s = min(left_s, WATCH_S_MAX)
         over = self._clock.monotonic() + left_s
-        session = self._client._live()
         try:
-            key = self._key.encode()
-            if not session.up:
-                raise Unavailable("no node is reachable")
-            (name,) = by_key([key], [remote.node_id for remote in session.up], session.ring)
-            request = Watch(0, max(1, int(left_s * 1000)), key, version, self._holder)
-            reply = await session.call(session.nodes[name].links[0], name, request, left_s + ANSWER_S)
-            assert isinstance(reply, WatchReply)
-            if reply.error is not None:
-                raise from_wire(*reply.error)
+            reply = await self._ask(version, max(1, int(left_s * 1000)))
         except DHTError as error:
             if not _passes(error):
                 raise
@@ -392,6 +392,33 @@ class Lock:
             await asyncio.sleep(max(0.0, min(over - self._clock.monotonic(), self._lease_s / 4)))
             return 0
         return reply.version if reply.free else 0
+
+    async def _ask_since(self, seen: _Seen) -> _Seen:
+        """The same, and how long it is known to the node that decides on the key: a holder that died before this client
+        came is followed a lease after its last renewal. Sound, as the node came to know that very version after its
+        holder began to count (watches.py), and the answer's way only adds to that."""
+        try:
+            known_ms = (await self._ask(seen.version, 0)).known_ms
+        except DHTError as error:  # then it is waited for as long as if nobody knew
+            _log.debug("the lock %r: nobody says how old its record is: %s", self.name, error)
+            return seen
+        since = min(seen.since, self._clock.boottime() - known_ms / 1000)
+        seen = seen._replace(since=since, asked=True)
+        self._client._saw(self._key, seen)
+        return seen
+
+    async def _ask(self, version: int, timeout_ms: int) -> WatchReply:
+        """The answer of the node that decides on the key. Raises DHTError kinds."""
+        session, key = self._client._live(), self._key.encode()
+        if not session.up:
+            raise Unavailable("no node is reachable")
+        (name,) = by_key([key], [remote.node_id for remote in session.up], session.ring)
+        request = Watch(0, timeout_ms, key, version, self._holder)
+        reply = await session.call(session.nodes[name].links[0], name, request, timeout_ms / 1000 + ANSWER_S)
+        assert isinstance(reply, WatchReply)
+        if reply.error is not None:
+            raise from_wire(*reply.error)
+        return reply
 
     # --- keeping it
 

@@ -73,6 +73,7 @@ REFRESH_S, REFRESH_MIN_S = 2.0, 0.1
 QUERY_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 2.0
 """How long `close` waits for the other ends of its links; they cut themselves off before that."""
+MAYBE = "the write may or may not have happened"
 
 
 class Session:
@@ -510,7 +511,7 @@ class Session:
             else:
                 self._route(batch, {batch.node})
         else:
-            batch.fail(OutcomeUnknown(f"the write may or may not have happened: {error.message}"))
+            batch.fail(OutcomeUnknown(f"{MAYBE}: {error.message}"))
 
     def move(self, batch: Batch) -> None:
         """Another node tries it; what the first one may still say of it does not count."""
@@ -617,7 +618,7 @@ class Session:
         if batch.kind is Kind.GET:
             batch.fail(Unavailable("no answer by the deadline"))
         else:
-            batch.fail(OutcomeUnknown("no answer by the deadline: the write may or may not have happened"))
+            batch.fail(OutcomeUnknown(f"no answer by the deadline: {MAYBE}"))
 
     # --- rare requests
 

@@ -7,6 +7,9 @@ Threads: every method may be called from any thread at any time; `close` too. Ke
 a signal handler raises) ends the wait of the main thread alone: the call is cancelled, a write may happen all the
 same, and the client stays usable.
 
+Callbacks (the function of `update`, `on_progress`, `on_member_status`) run in the loop's thread: they must not block,
+and a call of the same client from there raises InvalidRequest.
+
 Fork: the loop's thread does not exist in a forked child, so there every call raises ClientClosed. Make the client
 after the fork (in a `multiprocessing` initializer, say). The parent's client is not disturbed by its children.
 """
@@ -33,7 +36,7 @@ from agi.core.dht.client.mapping import RAW, Codec, MappingView
 from agi.core.dht.client.members import StatusCallback
 from agi.core.dht.client.sync_locks import SyncLock
 from agi.core.dht.clock import Clock
-from agi.core.dht.errors import ClientClosed, DHTError
+from agi.core.dht.errors import ClientClosed, DHTError, InvalidRequest
 from agi.core.dht.transport.base import Transport
 from agi.core.dht.types import SCAN_LIMIT_MAX, Consistency, Entry, Fencing, LockStatus
 
@@ -75,10 +78,14 @@ class _Loop:
         self._thread.start()
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Runs it in the loop and waits for its result. Raises ClientClosed where the loop has ended."""
+        """Runs it in the loop and waits for its result. Raises ClientClosed where the loop has ended; InvalidRequest in
+        a callback, as the loop cannot go on while it waits."""
         if self._closed or self._pid != os.getpid():
             coroutine.close()
             raise ClientClosed(CLOSED if self._pid == os.getpid() else FORKED)
+        if threading.current_thread() is self._thread:
+            coroutine.close()
+            raise InvalidRequest("a callback runs in the client's own thread, and may not call the client")
         call = _Call(coroutine)
         self._calls[call] = None  # before the loop hears of it: whatever is in here when it ends, fails
         try:
@@ -241,10 +248,15 @@ class SyncDHTClient:
         return self._call(self._client.get(key, consistency=consistency, timeout=timeout, fence=fence))
 
     def get_entry(
-        self, key: str, *, consistency: Consistency | str | None = None, timeout: float | None = None
+        self,
+        key: str,
+        *,
+        consistency: Consistency | str | None = None,
+        timeout: float | None = None,
+        fence: Fencing | None = None,
     ) -> Entry | None:
-        """The value with its version and times, or None."""
-        return self._call(self._client.get_entry(key, consistency=consistency, timeout=timeout))
+        """The value with its version and times, or None. `fence` as in `DHTClient.get`."""
+        return self._call(self._client.get_entry(key, consistency=consistency, timeout=timeout, fence=fence))
 
     def exists(self, key: str, *, consistency: Consistency | str | None = None, timeout: float | None = None) -> bool:
         """Whether the key holds a value."""
@@ -320,7 +332,7 @@ class SyncDHTClient:
         self, key: str, change: Change, *, ttl_seconds: float | None = None, timeout: float | None = None
     ) -> bytes | None:
         """Stores what `change` makes of the value, once nothing has come between, and returns it. `change` runs in the
-        client's own thread, so it must not block. As `DHTClient.update`."""
+        client's own thread, so it may neither block nor call the client. As `DHTClient.update`."""
         return self._call(self._client.update(key, change, ttl_seconds=ttl_seconds, timeout=timeout))
 
     # --- locks (locks.py)

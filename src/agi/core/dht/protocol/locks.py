@@ -1,9 +1,9 @@
 """What a lock's key holds, and how leases are counted (PROTOCOLS L1, L2).
 
 The record never says when the lease ends: clocks differ. Its holder counts the lease from before it sent the renewal,
-less a margin; who waits counts the whole of it from when he saw the record, and takes it over only at that version. So
-the holder's count ends first as long as clocks run at rates that differ by less than the margin; what they show does
-not matter.
+less a margin; who waits counts the whole of it from when he saw the record, or a node did that tells him, and takes it
+over only at that version. So the holder's count ends first as long as clocks run at rates that differ by less than the
+margin; what they show does not matter.
 """
 
 from __future__ import annotations

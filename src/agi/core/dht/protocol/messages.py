@@ -224,7 +224,8 @@ class UpdateReply(Message):
 
 
 class Watch(Message):
-    """Tell me when it is my turn for a lock (watches.py). `version`: what I have seen; `waiter`: my name in line."""
+    """Tell me when it is my turn for a lock (watches.py). `version`: what I have seen; `waiter`: my name in line. With
+    a `timeout_ms` of 0 only `known_ms` is asked for, at once, and nobody stands in a line."""
 
     id: int
     timeout_ms: int
@@ -234,12 +235,15 @@ class Watch(Message):
 
 
 class WatchReply(Message):
-    """`version`: what is known of the key, 0 where the time is over. `free`: at that version, and it is your turn."""
+    """`version`: what is known of the key, 0 where the time is over. `free`: at that version, and it is your turn.
+    `known_ms`: for how long this node has known the version that you have seen, 0 where it knows another
+    or was not asked for that."""
 
     id: int
     version: int = 0
     error: WireError | None = None
     free: bool = False
+    known_ms: int = 0
 
 
 class Query(Message):
