@@ -251,6 +251,7 @@ REFUSALS: list[tuple[str, Any, int]] = [
     ("CompareAndSet", pb.CompareAndSetRequest(key="k", value=BIG), 12),
     ("CompareAndSet", pb.CompareAndSetRequest(key="k", expected=BIG), 12),
     ("CompareAndSet", pb.CompareAndSetRequest(key="k", value=b"v", ttl_ms=TTL_MS_MAX + 1), 13),
+    ("CompareAndSet", pb.CompareAndSetRequest(key="k", expected=b"v", ttl_ms=5), 10),
     ("CompareAndSet", pb.CompareAndSetRequest(key="k", value=b"v", client_id="c"), 10),
     ("CompareAndSet", pb.CompareAndSetRequest(key="k", value=b"v", retry=True), 10),
     ("Increment", pb.IncrementRequest(delta=1), 11),

@@ -150,6 +150,8 @@ def operation_of(request: Conditional | pb.GetRequest) -> Op:
             op.kind, op.value = PUT, check_value(request.value)
     if not isinstance(request, pb.GetRequest | pb.DeleteRequest):
         op.ttl_ms = ttl_ms_of(request.ttl_ms)
+        if op.ttl_ms and op.kind == REMOVE:
+            raise InvalidRequest("a deletion has no ttl")
     if isinstance(request, pb.GetRequest | pb.PutRequest | pb.DeleteRequest) and request.HasField("fence"):
         op.fence = fence_of(request.fence)
     if op.condition == IF_VERSION and not 0 < op.version < 1 << 63:
