@@ -296,6 +296,58 @@ async def test_one_change_at_a_time_and_it_can_be_cancelled() -> None:
         await client.wait_healthy(5)
 
 
+async def test_a_leave_that_is_cancelled_is_no_success() -> None:
+    async with Cluster(4) as cluster:
+        client = await filled(cluster)
+        end = cluster.rule(blocked)
+        leaving = asyncio.create_task(client.leave("n3"))
+        await until(lambda: cluster.node(0).known_topology.in_transition)
+        after = await client.cancel_change()
+        assert after["note"] == "given up by order: n3 leaves"
+        end()
+        with pytest.raises(ChangeRefused, match=r"n3 is still a member at epoch 3 \(given up by order: n3 leaves\)"):
+            await leaving
+        assert (await client.cancel_change())["epoch"] == after["epoch"]  # nothing is under way
+        assert (await client.leave("n3"))["epoch"] == 5
+
+
+async def test_a_leave_that_is_given_up_for_a_member_that_died_is_no_success() -> None:
+    async with Cluster(5, settings={**HASTY, "dht.migration.join_timeout_ms": 1000}) as cluster:
+        client = await filled(cluster)
+        cluster.rule(blocked)
+        leaving = asyncio.create_task(client.leave("n4"))
+        await until(lambda: all(node.known_topology.in_transition for node in cluster.living()))
+        await cluster.down(3)
+        with pytest.raises(ChangeRefused, match=r"n4 is still a member at epoch 3 \(given up: n4 leaves\)"):
+            await leaving
+
+
+async def test_who_waits_for_a_replacement_hears_that_it_was_cancelled() -> None:
+    async with Cluster(4, settings=HASTY, per_node={4: {"dht.cluster.replaces": "n3"}}) as cluster:
+        client = await filled(cluster)
+        await cluster.down(3)
+        await away(cluster, 3)
+        waiting = asyncio.create_task(client.wait_replaced("n3", timeout=20))
+        cluster.rule(blocked)
+        await cluster.add(wait=False)
+        await until(lambda: cluster.node(0).known_topology.in_transition)
+        await asyncio.sleep(0.5)  # it has looked at the topology meanwhile
+        await client.cancel_change()
+        with pytest.raises(ChangeRefused, match=r"n3 is still a member at epoch 3 \(given up by order: n4 replaces n3"):
+            await waiting
+
+
+async def test_an_eviction_is_told_by_the_voter_whose_proposal_was_chosen() -> None:
+    async with Cluster(5, settings=HASTY) as cluster:
+        await filled(cluster)
+        await cluster.down(4)
+        await away(cluster, 4)
+        with capture_logs() as logs:
+            await asyncio.gather(*(node.changes._remove("n4", 3.0, 0.0) for node in cluster.living()))
+        assert [(line["member"], line["away_s"]) for line in events(logs, "evicted")] == [("n4", 3)]
+        await cluster.settled()
+
+
 async def test_a_change_is_given_up_when_the_joiner_is_dead_for_long() -> None:
     settings = {**HASTY, "dht.migration.join_timeout_ms": 1000}
     async with Cluster(3, settings=settings) as cluster:

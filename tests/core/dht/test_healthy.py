@@ -418,8 +418,27 @@ async def test_status_says_that_two_nodes_tolerate_no_failure(
         shown = Shown(await cluster.client(), capsysbinary, monkeypatch)
         await shown.look()
         assert shown.json["failures_tolerated"] == 0 and shown.json["unchecked"] == ["n0", "n1"]
+        too_few = "2 of 3 replicas exist: 1 more node is needed"
+        assert shown.json["missing"] == not_whole(cluster.node(0)) == [too_few]
         assert shown.text.splitlines()[3:] == [
             "failures tolerated now: 0 (quorums are 2 of 2 replicas, as there are too few nodes for 3)",
-            "replication is whole",
+            "replication is not whole:",
+            too_few,
             "not checked, since repair.interval_ms is 0: whether replicas miss anything at n0, n1",
         ]
+
+
+async def test_one_node_of_three_replicas_serves_and_is_waited_for_no_longer(
+    capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Cluster(1, factor=3) as cluster:
+        client = await cluster.client()
+        assert await client.wait_healthy(5) == ["n0"]
+        shown = Shown(client, capsysbinary, monkeypatch)
+        await shown.look()
+        assert (shown.code, shown.json["ready"]) == (0, True) and not cluster.node(0).waiting_for
+        assert shown.json["missing"] == ["1 of 3 replicas exist: 2 more nodes are needed"]
+        assert not_whole(cluster.node(0)) == shown.json["missing"]
+        [state] = shown.json["nodes"]  # and nobody has counted tombstones yet
+        assert state["reclaim"]["tombstones"] is state["reclaim"]["oldest_tombstone_s"] is None
+        assert shown.text.splitlines()[1].split()[-2:] == ["-", "0/0"]

@@ -22,7 +22,7 @@ from agi.core.dht.protocol.messages import (
 )
 from agi.core.dht.protocol.record import TOMBSTONE, hlc_of, pack
 from agi.core.dht.protocol.versioning import from_ms
-from agi.core.dht.reclaim import CLOSE, RECLAIM, SEAL, Reclaimer
+from agi.core.dht.reclaim import CALM_LOOKS, CLOSE, RECLAIM, SEAL, Reclaimer
 from agi.core.dht.types import Consistency
 
 pytestmark = pytest.mark.usefixtures("hurried")
@@ -243,6 +243,34 @@ async def test_a_leaders_rounds_run_by_themselves_and_status_shows_what_waits() 
         node = cluster.node(1)
         await until(lambda: node.reclaimer.dead == len(KEYS))
         assert 0 <= node.reclaimer.state()["oldest_tombstone_s"] < 60  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("interval_ms", [0, 86_400_000])
+async def test_tombstones_are_counted_though_no_round_runs(monkeypatch: pytest.MonkeyPatch, interval_ms: int) -> None:
+    monkeypatch.setattr("agi.core.dht.reclaim.CALM_S", 0.1)
+    monkeypatch.setattr("agi.core.dht.reclaim.COUNT_S", 0.2)
+    async with Cluster(3, settings={**SETTINGS, "dht.reclaim.interval_ms": interval_ms}) as cluster:
+        reclaimer = cluster.node(1).reclaimer
+        assert reclaimer.state()["tombstones"] is reclaimer.state()["oldest_tombstone_s"] is None
+        client = await cluster.client()
+        await client.delete_many(KEYS, consistency=Consistency.ALL)
+        await until(lambda: reclaimer.dead == len(KEYS))
+        assert 0 <= reclaimer.state()["oldest_tombstone_s"] < 60  # type: ignore[operator]  # status values are objects
+        assert all(record is not None for record in cluster.held(KEYS[0]))  # counting takes nothing away
+        await client.delete("one more", consistency=Consistency.ALL)
+        await asyncio.sleep(0.6)
+        assert reclaimer.dead == len(KEYS) + (not interval_ms)  # where rounds are due, they look
+
+
+async def test_the_first_count_waits_while_requests_come_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agi.core.dht.reclaim.CALM_S", 0.05)
+    async with Cluster(3, settings=SETTINGS) as cluster:
+        client = await cluster.client()
+        reclaimer = cluster.node(1).reclaimer
+        began = time.monotonic()
+        while reclaimer.dead is None:
+            await client.put("k", b"v", consistency=Consistency.ALL)
+        assert 0.05 * (CALM_LOOKS - 2) < time.monotonic() - began < 10
 
 
 async def test_a_newcomer_takes_the_floors_over_and_refuses_what_is_late() -> None:

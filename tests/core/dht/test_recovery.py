@@ -84,6 +84,22 @@ async def test_three_of_five_are_lost_and_the_cluster_goes_on_without_them(monke
         assert set((await client.get_many(KEYS)).values()) == {b"new"}
 
 
+async def test_a_leave_that_a_recovery_undid_is_no_success() -> None:
+    async with Cluster(5, settings=HASTY) as cluster:
+        client = await filled(cluster)
+        end = cluster.rule(lambda src, dst, message: () if isinstance(message, ArcListReply) else None)
+        leaving = asyncio.create_task(client.leave("n4"))
+        await until(lambda: all(node.known_topology.in_transition for node in cluster.living()))
+        for i in (0, 1, 2):
+            await cluster.down(i)
+        await noticed(cluster, 0, 1, 2)
+        end()
+        after = await client.recover(["n0", "n1", "n2"], confirm="dht")
+        assert [member["node_id"] for member in after["members"]] == ["n3", "n4"]
+        with pytest.raises(ChangeRefused, match=r"at epoch 1003 \(done: recovered without n0, n1, n2\)"):
+            await leaving
+
+
 async def test_what_cannot_be_a_lost_majority_is_refused_and_changes_nothing() -> None:
     async with Cluster(5, settings=HASTY) as cluster:
         client = await maimed(cluster, 3, 4)

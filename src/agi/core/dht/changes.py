@@ -191,8 +191,9 @@ class Changes:
     # --- what operators order
 
     async def order(self, order: Order) -> dict[str, object]:
-        """Begins a change, or undoes the one under way; returns the topology's epoch and note, or for a dry run the
-        plan (`plan`). Raises ChangeRefused, InvalidRequest, Unavailable, OutcomeUnknown."""
+        """Begins a change, or undoes the one under way; returns the topology's epoch and note, and the disk of the node
+        that it is about, which tells it from one that joins anew under its name; for a dry run the plan (`plan`).
+        Raises ChangeRefused, InvalidRequest, Unavailable, OutcomeUnknown."""
         what: dict[str, Callable[[Topology], Topology | None]] = {
             "leave": partial(self._without, order),
             "remove": partial(self._without, order),
@@ -211,7 +212,13 @@ class Changes:
         if order.what in ("join", "replace"):
             raise InvalidRequest("a node joins by being started: `agi-dht serve`")
         topology = await self._propose(what[order.what])
-        return {"epoch": topology.epoch, "note": topology.note, "in_transition": topology.in_transition}
+        member = topology.by_id.get(order.node)
+        return {
+            "epoch": topology.epoch,
+            "note": topology.note,
+            "in_transition": topology.in_transition,
+            "disk_id": member.disk_id if member is not None else "",
+        }
 
     def _without(self, order: Order, base: Topology) -> Topology | None:
         name = order.node
@@ -449,14 +456,23 @@ class Changes:
             )
 
     async def _remove(self, name: str, away_s: float, now: float) -> None:
+        """Several voters may propose it at once: the log of the one whose proposal was chosen tells of it."""
+        mine: set[str] = set()
+
+        def without(base: Topology) -> Topology | None:
+            wanted = self._without(Order("remove", name), base)
+            mine.update([wanted.digest] if wanted is not None else ())
+            return wanted
+
         try:
-            await self._propose(partial(self._without, Order("remove", name)))
+            topology = await self._propose(without)
         except DHTError as error:
             if self._not_evicted.pass_(f"{name} {error}", now):
                 _log.warning("not_evicted", member=name, away_s=round(away_s), error=str(error))
         else:
             self._not_evicted.over()
-            _log.warning("evicted", member=name, away_s=round(away_s))
+            if topology.digest in mine:
+                _log.warning("evicted", member=name, away_s=round(away_s))
 
     def _look(self, topology: Topology, now: float) -> None:
         """Notes who is away: dead or stopped, since what either held lacks a replica (T9)."""

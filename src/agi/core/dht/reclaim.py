@@ -74,6 +74,11 @@ EXPIRED_MAX = 200
 """Registers whose expiry one look at the store has decided on."""
 STEPS_MAX = 64
 """Steps under way at one node for others."""
+CALM_S = 10.0
+CALM_LOOKS = 6
+"""The first count waits until no request has come for CALM_S, and no longer than so many times that."""
+COUNT_S = 600.0
+"""Between two counts where no rounds are led that would look through the store."""
 
 
 class Reclaimer:
@@ -88,7 +93,7 @@ class Reclaimer:
         reclaimed: records that it has taken away.
         dropped: records of arcs that are not its own that it has dropped.
         dead, oldest_dead_ms: tombstones and expired records that its last look at the store found and left, and when
-            the oldest of them was written.
+            the oldest of them was written; `dead` is None before the first look.
         retired: registers among what was reclaimed.
     """
 
@@ -108,7 +113,7 @@ class Reclaimer:
         self.reclaimed = 0
         self.retired = 0
         self.dropped = 0
-        self.dead = 0
+        self.dead: int | None = None
         self.oldest_dead_ms = 0
         self._node = node
         self._ledger = ledger
@@ -131,6 +136,7 @@ class Reclaimer:
         if self._interval_s:
             self._own(self._lead(), "reclaim")
             self._own(self._clear(), "reclaim store")
+        self._own(self._count(), "count tombstones")
 
     @property
     def floor_age_s(self) -> float | None:
@@ -142,17 +148,19 @@ class Reclaimer:
         return (self._node.clock.wall_ms() - physical_ms(reclaimed)) / 1000 if reclaimed else None
 
     @property
-    def oldest_dead_s(self) -> float:
-        """How long ago the oldest tombstone that was left was written."""
+    def oldest_dead_s(self) -> float | None:
+        """How long ago the oldest tombstone that was left was written; None before the first look."""
+        if self.dead is None:
+            return None
         return (self._node.clock.wall_ms() - self.oldest_dead_ms) / 1000 if self.dead else 0.0
 
     def state(self) -> dict[str, object]:
         """For `status`."""
-        age_s = self.floor_age_s
+        age_s, oldest_s = self.floor_age_s, self.oldest_dead_s
         return {
             "floor_age_s": None if age_s is None else round(age_s, 1),
             "tombstones": self.dead,
-            "oldest_tombstone_s": round(self.oldest_dead_s, 1),
+            "oldest_tombstone_s": None if oldest_s is None else round(oldest_s, 1),
             "reclaimed": self.reclaimed,
         }
 
@@ -403,13 +411,49 @@ class Reclaimer:
             except (DHTError, TimeoutError) as error:
                 _log.warning("store_not_cleared", error=str(error) or "no answer in time")
 
+    async def _count(self) -> None:
+        """Counts what is dead soon after a start, so that it need not be unknown until a round; again and again where
+        there are none."""
+        while self.dead is None or not self._interval_s:
+            await self._calm()
+            if self.dead is not None and self._interval_s:
+                break  # a round came first
+            try:
+                await self.count()
+            except (DHTError, TimeoutError) as error:
+                _log.warning("tombstones_not_counted", error=str(error) or "no answer in time")
+            await asyncio.sleep(COUNT_S)
+
+    async def _calm(self) -> None:
+        """Returns when the node serves and is at rest, its trees are built, and no change is under way; or does not
+        rest for long."""
+        node, looks = self._node, 0
+        while True:
+            before = node.antientropy.keeper.requests
+            await asyncio.sleep(CALM_S)
+            looks += 1
+            busy = node.antientropy.keeper.requests != before and looks < CALM_LOOKS
+            if not (busy or node.waiting_for or node.antientropy.keeper.unknown) and isinstance(node.ring, Ring):
+                return
+
+    async def count(self) -> None:
+        """Looks through the store, and takes nothing away. Raises StorageError kinds, TimeoutError."""
+        keeper = self._node.antientropy.keeper
+        dead, oldest_ms = 0, self._node.clock.wall_ms()
+        for span in joined(keeper.held):
+            async for page in keeper.walk(span):
+                for found in self._sort(page):
+                    dead += len(found)
+                    oldest_ms = _oldest(oldest_ms, found)
+        self.dead, self.oldest_dead_ms = dead, oldest_ms
+
     async def clear(self) -> None:
         """Takes away what may go. Raises StorageError kinds, TimeoutError."""
         node = self._node
         if not isinstance(node.ring, Ring):
             return
         held = node.antientropy.keeper.held
-        dead, oldest_ms = 0, 0
+        dead, oldest_ms = 0, node.clock.wall_ms()
         absent: dict[bytes, bytes] = {}
         expired: list[bytes] = []
         expiry_ms = node.clock.wall_ms() - self._lag_ms
@@ -419,8 +463,7 @@ class Reclaimer:
                 if taken:
                     self.reclaimed += await node.replica.purge([key for key, _ in taken], [item for _, item in taken])
                 dead += len(left)
-                ages_ms = [physical_ms(height_of(hlc_of(item))) for _, item in left]
-                oldest_ms = min([oldest_ms or node.clock.wall_ms(), *ages_ms])
+                oldest_ms = _oldest(oldest_ms, left)
                 expired += [key for key, item in page if has_expired(item, expiry_ms)][: EXPIRED_MAX - len(expired)]
                 if len(absent) < RETIRE_MAX:
                     absent |= await self._registers([key for key, item in left if is_register(item)])
@@ -533,6 +576,11 @@ class Reclaimer:
 
 def _ignore(_result: OpResult) -> None:
     """What has expired is found again if that came to nothing."""
+
+
+def _oldest(before_ms: int, found: list[tuple[bytes, bytes]]) -> int:
+    """When the oldest of these was written, or what was met before them."""
+    return min([before_ms, *(physical_ms(height_of(hlc_of(record))) for _, record in found)])
 
 
 def _led_by(part: Partition, leader: str, absent: list[str]) -> bool:

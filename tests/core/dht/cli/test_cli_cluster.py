@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from agi.core.dht.cli import asking
+from agi.core.dht.errors import Unavailable
+
 PLACES = {
     0: {"node.rack": "r1", "node.zone": "z1"},
     1: {"node.rack": "r2", "node.zone": "z1", "node.weight": "2"},
@@ -30,7 +33,7 @@ def test_the_state_of_every_node(dht: Any, cluster: Any) -> None:
         assert all(peer == {"connected": True, "status": "ALIVE", "error": ""} for peer in node["peers"].values())
         assert len(node["peers"]) == 2
     assert (shown["failures_tolerated"], shown["unchecked"]) == (1, [])
-    assert dht("wait-healthy", "--json").json == {"healthy": True, "unchecked": []}
+    assert dht("wait-healthy", "--json").json == {"healthy": True, "unchecked": [], "too_few": []}
     assert dht("status", "--json").json["missing"] == []
     lines = dht("status").text.splitlines()
     columns = [
@@ -94,10 +97,37 @@ def test_the_shares_of_a_ring(run_cli: Any, helpers: Any, tmp_path: Path, monkey
         assert {m["status"] for m in told["members"]} == {"ALIVE"}
         assert [(past["epoch"], past["note"]) for past in told["history"]] == [(1, "formed")]
         text = run_cli("topology").text
-        assert "epoch 1 of generation 1, 3 replicas" in text and "formed" in text
+        assert "epoch 1 of generation 1, 3 replicas" in text
+        assert text.splitlines()[-1].split() == ["1", "at", "formation", "formed"]
+        later = [{**told["history"][0], "epoch": 7, "decided_ms": 1, "note": "done: n3 leaves"}]
+        with monkeypatch.context() as forgetful:
+            forgetful.setattr("agi.core.dht.cli.asking.histories", lambda *_: later)
+            lines = run_cli("topology").text.splitlines()
+        assert lines[-2].split() == ["7", "1970-01-01", "00:00:00", "UTC", "done:", "n3", "leaves"]
+        assert lines[-1] == "nobody who was reached remembers what was before epoch 7"
         # the shares are those of real keys: `locate` names three replicas, primary first
         first = [run_cli("locate", f"r:{i}", "--json").json["replicas"] for i in range(3)]
         assert all(len({replica["node_id"] for replica in replicas}) == 3 for replicas in first)
+
+
+def test_the_history_is_what_all_nodes_remember_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    def past(epoch: int, generation: int = 1) -> dict[str, Any]:
+        return {"generation": generation, "epoch": epoch, "digest": f"d{epoch}"}
+
+    told: dict[str, Any] = {
+        "old": [past(1), past(2), past(4)],
+        "newcomer": [past(4), past(1005, 2)],
+        "dead": Unavailable("it does not answer"),
+        "away for a while": [past(2), past(3)],
+    }
+
+    async def ask(address: str, what: str, timeout_s: float) -> Any:
+        assert (what, timeout_s) == ("history", 3.0)
+        return told[address]
+
+    monkeypatch.setattr(asking, "_ask", ask)
+    assert [each["epoch"] for each in asking.histories(list(told), 3.0)] == [1, 2, 3, 4, 1005]
+    assert asking.histories(["dead"], 3.0) == []
 
 
 def test_commands_while_nodes_die(run_cli: Any, helpers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ def test_equal_replicas_are_compared_for_next_to_nothing(dht: Any) -> None:
     assert text[0].split()[:3] == ["node", "peers", "ranges"] and text[1].split()[:2] == ["n1", "2/2"]
     assert "differences found in " in text[-1]
     assert dht("status").text.splitlines()[1].split()[9] != "-"  # it had been compared with all
+
+
+def test_how_far_a_repair_is_is_told_on_stderr(dht: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agi.core.dht.cli.repair.PROGRESS_S", 0.0)
+    told = dht("repair")
+    assert told.code == 0
+    lines = told.err.splitlines()
+    assert lines and all(re.fullmatch(r"n[012]: [012] of 2 peers, \d+ differences so far", line) for line in lines)
 
 
 def test_a_part_of_the_ring(dht: Any) -> None:

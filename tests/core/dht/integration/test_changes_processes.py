@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+import time
 from pathlib import Path
 
-from process_harness import ONE_CLOCK, environment, node, options, until
+from process_harness import ONE_CLOCK, WAIT_S, environment, node, options, until
 
 from agi.core.dht.client import DHTClient
-from agi.core.dht.errors import DHTError
+from agi.core.dht.errors import ChangeRefused, DHTError, OutcomeUnknown
 from agi.core.dht.local import LocalCluster
 from agi.core.dht.types import Consistency
 
@@ -32,30 +33,56 @@ async def cli(*arguments: str) -> tuple[int, str]:
     return process.returncode, out.decode()
 
 
-async def test_a_process_joins_under_load_and_leaves_again(tmp_path: Path) -> None:
-    async with LocalCluster(3, tmp_path, settings=ONE_CLOCK) as cluster, DHTClient(timeout=10) as client:
+class Load:
+    """Callers that put and get until they are told to stop; what failed, and when its calls had begun."""
+
+    def __init__(self, client: DHTClient, callers: int) -> None:
+        self.written: dict[str, bytes] = {}
+        self.failures: list[tuple[float, DHTError]] = []
+        self._client = client
+        self._stop = False
+        self._tasks = [asyncio.create_task(self._call(number)) for number in range(callers)]
+
+    async def _call(self, number: int) -> None:
+        turn = 0
+        while not self._stop:
+            turn += 1
+            key, value = f"w{number}:{turn % 50}", str(turn).encode()
+            began = time.monotonic()
+            try:
+                await self._client.put(key, value)
+                self.written[key] = value
+                assert await self._client.get(key) == value
+            except DHTError as error:
+                self.written.pop(key, None)
+                self.failures.append((began, error))
+
+    async def end(self) -> None:
+        self._stop = True
+        await asyncio.gather(*self._tasks)
+
+
+async def dead(client: DHTClient, name: str) -> None:
+    """Returns once it may be replaced."""
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            try:
+                await client.plan("replace", name)
+            except ChangeRefused:
+                await asyncio.sleep(0.05)
+            else:
+                return
+
+
+async def test_a_process_joins_under_load_and_leaves_again_and_one_is_replaced(tmp_path: Path) -> None:
+    settings = {**ONE_CLOCK, "health.heartbeat_interval_ms": "200", "health.probe_timeout_ms": "100"}
+    async with LocalCluster(3, tmp_path, settings=settings) as cluster, DHTClient(timeout=10) as client:
         await client.connect(cluster.addresses)
         await client.put_many(VALUES, consistency=Consistency.ALL)
-        failures: list[DHTError] = []
-        written: dict[str, bytes] = {}
-        stop = False
-
-        async def load(number: int) -> None:
-            turn = 0
-            while not stop:
-                turn += 1
-                key, value = f"w{number}:{turn % 50}", str(turn).encode()
-                try:
-                    await client.put(key, value)
-                    written[key] = value
-                    assert await client.get(key) == value
-                except DHTError as error:
-                    failures.append(error)
-
-        workers = [asyncio.create_task(load(number)) for number in range(8)]
+        load = Load(client, 8)
         connect = ",".join(cluster.addresses)
-        arguments = ("--peers", connect, "--node-id", "n3", *options(ONE_CLOCK))
-        async with node(tmp_path, *arguments, name="n3", storage="rocksdb") as joiner:
+        arguments = ("--peers", connect, *options(settings))
+        async with node(tmp_path, *arguments, "--node-id", "n3", name="n3", storage="rocksdb") as joiner:
             assert await cli("wait-healthy", "--connect", joiner.address, "--wait", "30") == (
                 0,
                 "replication is whole\n",
@@ -64,22 +91,35 @@ async def test_a_process_joins_under_load_and_leaves_again(tmp_path: Path) -> No
             assert members == dict.fromkeys(("n0", "n1", "n2", "n3"), "normal")
             located = await client.locate("k0")
             assert all(held["state"] == "live" for held in located["replicas"].values())
+            code, said = await cli("topology", "--connect", joiner.address)
+            assert code == 0 and said.splitlines()[-1].split() == ["1", "at", "formation", "formed"], said
             code, said = await cli("leave", "n3", "--connect", connect)
             assert code == 0, said
             assert "done: n3 leaves" in said
             assert await joiner.ended() == 0
-        stop = True
-        await asyncio.gather(*workers)
-        assert failures == []
+        assert load.failures == []
         assert not (tmp_path / "n3").exists()
         assert (tmp_path / "n3.removed-1").is_dir()
-        assert await client.get_many(VALUES, consistency=Consistency.ALL) == VALUES
-        assert await client.get_many(written, consistency=Consistency.ALL) == written
-        await client.wait_healthy(30)
-        assert await cli("leave", "n2", "--connect", connect) == (
-            17,
-            "error: without n2 there are 2 nodes for 3 replicas: add one first, or force it\n",
-        )
+
+        await cluster.kill(2)
+        await dead(client, "n2")
+        known = time.monotonic()
+        code, said = await cli("replace", "n2", "--dry-run", "--connect", connect)
+        assert code == 0 and said.startswith("(new node) replaces n2: ") and "agi-dht serve" not in said, said
+        async with node(tmp_path, *arguments, "--node-id", "n4", "--replace", "n2", name="n4") as joiner:
+            after = await client.wait_replaced("n2", timeout=30)
+            assert [member["node_id"] for member in after["members"]] == ["n0", "n1", "n4"]
+            await asyncio.sleep(0.3)  # under the new sets
+            await load.end()
+            assert [error for began, error in load.failures if began > known] == []
+            assert {type(error) for _, error in load.failures} <= {OutcomeUnknown}  # under way at the kill
+            assert await client.get_many(VALUES, consistency=Consistency.ALL) == VALUES
+            assert await client.get_many(load.written, consistency=Consistency.ALL) == load.written
+            await client.wait_healthy(30)
+            assert await cli("leave", "n1", "--connect", connect) == (
+                17,
+                "error: without n1 there are 2 nodes for 3 replicas: add one first, or force it\n",
+            )
 
 
 async def member_of(client: DHTClient, name: str) -> set[str]:

@@ -74,14 +74,14 @@ def left(folder: Path) -> list[str]:
 
 async def test_nothing_is_lost_under_faults(tmp_path: Path, form: list[str]) -> None:
     reports = tmp_path / "reports"
-    words = ["--nodes", 3, "--seconds", SECONDS, "--seed", SEED, "--report", reports, "--without", ",".join(MEMBERS)]
+    words = ["--nodes", 5, "--seconds", SECONDS, "--seed", SEED, "--report", reports, "--without", ",".join(MEMBERS)]
     async with running(tmp_path, *words, *form) as process:
         async with asyncio.timeout(RUN_TIMEOUT_S):
             said, _ = await process.communicate()
     assert process.returncode == 0, said.decode()
     assert "nothing was violated" in said.decode()
-    assert (reports / "3-nodes.txt").read_text().strip() in said.decode()
-    lines: list[dict[str, Any]] = [json.loads(line) for line in (reports / "3-nodes.jsonl").read_text().splitlines()]
+    assert (reports / "5-nodes.txt").read_text().strip() in said.decode()
+    lines: list[dict[str, Any]] = [json.loads(line) for line in (reports / "5-nodes.jsonl").read_text().splitlines()]
     summary = lines[-1]
     assert summary["line"] == "summary"
     assert summary["violations"] == {kind.value: 0 for kind in Kind}
@@ -93,7 +93,7 @@ async def test_nothing_is_lost_under_faults(tmp_path: Path, form: list[str]) -> 
     if not lacking:
         assert HAD - {Fault.HOLDER_FREEZE} <= set(summary["faults"])
 
-    history = History.read(reports / "3-nodes.history.jsonl")
+    history = History.read(reports / "5-nodes.history.jsonl")
     assert check(history.operations).verdict is Verdict.LINEARIZABLE
     done = {str(operation.f): 0 for operation in history.operations}
     for operation in history.operations:
@@ -111,7 +111,7 @@ async def test_each_fault_happens_and_is_survived(tmp_path: Path, form: list[str
         async with asyncio.timeout(2 * RUN_TIMEOUT_S):
             said, _ = await process.communicate()
     assert process.returncode == 0, said.decode()
-    lines: list[dict[str, Any]] = [json.loads(line) for line in (reports / "3-nodes.jsonl").read_text().splitlines()]
+    lines: list[dict[str, Any]] = [json.loads(line) for line in (reports / "5-nodes.jsonl").read_text().splitlines()]
     assert lines[-1]["violations"] == {kind.value: 0 for kind in Kind}
     lacking = {fault for names in lines[-1]["not_possible"] for fault in names.split(", ")}
     assert lacking <= NAMESPACES

@@ -27,6 +27,10 @@ def _reasons(node: Node) -> Iterator[str]:
             yield f"{name} is {status.name}"
         elif name not in node.peers.connected:
             yield f"{name} is not connected: {peer.last_error}"
+    more = topology.factor - topology.replica_count
+    if more > 0:
+        exist = f"{topology.replica_count} of {topology.factor} replicas exist"
+        yield f"{exist}: {more} more node{'s are' if more > 1 else ' is'} needed"
     hints, repair = node.handoff.hints, node.antientropy
     for target in hints.pending():
         yield f"{target.hints} hints wait for {target.node}"

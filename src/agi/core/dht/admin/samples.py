@@ -135,9 +135,10 @@ class NodeSamples:
         yield _counter("dht_reclaimed_keys", "Tombstones and expired records taken away.", reclaimer.reclaimed)
         yield _counter("dht_registers_retired", "Registers of absent keys taken away.", reclaimer.retired)
         yield _counter("dht_dropped_keys", "Records of arcs that went to other nodes, dropped.", reclaimer.dropped)
-        yield _gauge("dht_tombstones", "Dead records that the last look at the store left.", float(reclaimer.dead))
-        age_s = reclaimer.oldest_dead_s
-        yield _gauge("dht_tombstone_oldest_seconds", "Age of the oldest of them; 0 without any.", age_s)
+        if reclaimer.dead is not None and (age_s := reclaimer.oldest_dead_s) is not None:  # nobody has looked before
+            text = "Dead records that the last look at the store left; absent before the first."
+            yield _gauge("dht_tombstones", text, float(reclaimer.dead))
+            yield _gauge("dht_tombstone_oldest_seconds", "Age of the oldest of them; 0 without any.", age_s)
         if self._node.topology is not None and (floor_s := reclaimer.floor_age_s) is not None:
             yield _gauge("dht_reclaim_floor_age_seconds", "How old what is not yet reclaimed may be.", floor_s)
 

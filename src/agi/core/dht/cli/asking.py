@@ -42,6 +42,18 @@ def survey(addresses: list[str], timeout_s: float) -> Survey:
     return uvloop.run(_survey([format_address(*parse_address(address)) for address in addresses], timeout_s))
 
 
+def histories(addresses: list[str], timeout_s: float) -> list[dict[str, Any]]:
+    """The epochs that any of these nodes remembers, oldest first (queries.py); who does not answer adds nothing."""
+    answers = uvloop.run(_ask_histories(addresses, timeout_s))
+    known = {(past["generation"], past["epoch"], past["digest"]): past for each in answers for past in each}
+    return [known[order] for order in sorted(known)]
+
+
+async def _ask_histories(addresses: list[str], timeout_s: float) -> list[list[dict[str, Any]]]:
+    answers = await asyncio.gather(*(_ask(address, "history", timeout_s) for address in addresses))
+    return [answer for answer in answers if not isinstance(answer, DHTError)]
+
+
 async def _survey(addresses: list[str], timeout_s: float) -> Survey:
     found = Survey()
     answers = await _ask_all(addresses, timeout_s)
@@ -76,7 +88,7 @@ async def _ask_all(addresses: list[str], timeout_s: float) -> dict[str, dict[str
     return dict(zip(addresses, answers, strict=True))
 
 
-async def _ask(address: str, what: str, timeout_s: float) -> dict[str, Any] | DHTError:
+async def _ask(address: str, what: str, timeout_s: float) -> Any | DHTError:
     asking = _Asking()
     try:
         async with asyncio.timeout(timeout_s):
@@ -96,8 +108,7 @@ async def _ask(address: str, what: str, timeout_s: float) -> dict[str, Any] | DH
             await asking.ended.wait()
     if reply.error is not None:
         return from_wire(*reply.error)
-    answer: dict[str, Any] = msgspec.msgpack.decode(reply.body)
-    return answer
+    return msgspec.msgpack.decode(reply.body)
 
 
 class _Asking:

@@ -32,10 +32,11 @@ def status(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json:
     nobody answers.
 
     Below the table: how many more nodes may fail, whichever they are, before some keys have too few replicas for
-    quorums; and all that replication is missing, as `wait-healthy` waits for it. A number of keys after ~ is an
-    estimate; tombstones count. Hints are records that a node keeps for others that missed them. Repaired: how long ago
-    the node had been compared with each that shares replicas with it. Tombstones: what was deleted or has expired, as
-    the node last counted, and is not reclaimed yet.
+    quorums; and all that replication is missing, as `wait-healthy` waits for it, and the nodes that are missing for the
+    configured number of replicas, for which it does not. A number of keys after ~ is an estimate; tombstones count.
+    Hints are records that a node keeps for others that missed them. Repaired: how long ago the node had been compared
+    with each that shares replicas with it. Tombstones: what was deleted or has expired, as the node last counted, and
+    is not reclaimed yet; - before the first count, which comes within a minute or so of a start.
 
     --json prints {"ready", "cluster", "epoch", "failures_tolerated": negative where some keys have no quorum now, null
     before the cluster has formed, "missing": [what replication is missing, as lines], "unchecked": [nodes whose
@@ -43,9 +44,9 @@ def status(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json:
     "ready", "waiting_for", "storage", "keys", "keys_exact", "bytes", "generation", "epoch", "boot", "hints": {node id:
     records kept for it}, "hints_lost": {node id: records given up, which it does not know yet}, "repair": {
     "last_round_s", "unknown_ranges", "pending_keys", "checked", "not_compared": [node ids]}, "change": {"note",
-    "ready", "arcs", "arcs_done", "keys", "bytes"}, "reclaim": {"floor_age_s", "tombstones", "oldest_tombstone_s",
-    "reclaimed"}, "peers": {node id: {"connected", "status", "error"}}}]}; a peer's status is ALIVE, SUSPECT, DEAD or
-    LEFT.
+    "ready", "arcs", "arcs_done", "keys", "bytes"}, "reclaim": {"floor_age_s", "tombstones", "oldest_tombstone_s": both
+    null before the first count, "reclaimed"}, "peers": {node id: {"connected", "status", "error"}}}]}; a peer's status
+    is ALIVE, SUSPECT, DEAD or LEFT.
 
     Examples:
 
@@ -56,7 +57,7 @@ def status(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json:
     if timeout is not None and not 0 < timeout <= TIMEOUT_S_MAX:
         raise InvalidRequest(f"a timeout is above 0 and at most {TIMEOUT_S_MAX:g} seconds, not {timeout!r}")
     from agi.core.dht.cli.asking import survey
-    from agi.core.dht.client.changes import missing, unchecked
+    from agi.core.dht.client.changes import missing, too_few, unchecked
 
     found = survey(addresses(connect), FIND_TIMEOUT_S if timeout is None else timeout)
     topology = found.topology or {}
@@ -75,7 +76,7 @@ def status(connect: Connect = DEFAULT_CONNECT, timeout: Timeout = None, as_json:
             output.note(f"nobody answers at {address}: {error}")
     ready = found.topology is not None and all(node.get("ready", False) for node in nodes)
     states = {name: _or_error(state) for name, state in found.states.items()}
-    lines = missing(topology, states) if topology else []
+    lines = [*too_few(topology), *missing(topology, states)] if topology else []
     up = {node["node_id"] for node in nodes if node["reachable"]}
     if as_json:
         summary = {"ready": ready, "cluster": topology.get("cluster"), "epoch": topology.get("epoch", 0)}
@@ -112,9 +113,13 @@ def _status_row(node: dict[str, Any]) -> tuple[str, ...]:
         str(node["boot"]),
         str(sum(node.get("hints", {}).values())),
         _repaired(node.get("repair", {}).get("last_round_s")),
-        str(node.get("reclaim", {}).get("tombstones", "-")),
+        _counted(node.get("reclaim", {}).get("tombstones")),
         f"{sum(peer['connected'] for peer in peers.values())}/{len(peers)}",
     )
+
+
+def _counted(tombstones: int | None) -> str:
+    return "-" if tombstones is None else str(tombstones)
 
 
 def _repaired(age_s: float | None) -> str:

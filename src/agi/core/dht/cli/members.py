@@ -12,6 +12,7 @@ import typer
 from agi.core.dht.cli import output
 from agi.core.dht.cli.connection import DEFAULT_CONNECT, AsJson, Connect, connected
 from agi.core.dht.cli.output import NOT_CHECKED
+from agi.core.dht.errors import InvalidRequest
 
 PROGRESS_S = 2.0
 """Least time between two lines of progress."""
@@ -37,7 +38,9 @@ def leave(
 
     What it holds is brought to the nodes that hold it from then on, while requests go on; then its process ends.
     Refused where fewer nodes than replicas would remain, unless it is forced, and while another change is under way.
-    How far it is is told on stderr. (`agi-dht serve --leave` does this when its process is told to stop.)
+    How far it is is told on stderr. (`agi-dht serve --leave` does this when its process is told to stop.) Exit code 0
+    means that it is no member any more; 17 that it is one: refused, or undone by `cancel`, by a recovery, or since a
+    node that had to take part was away for migration.join_timeout_ms.
 
     --json prints the topology then: {"epoch", "note", "members": [{"node_id", "state", ...}], ...}; with --dry-run
     {"note", "arcs", "moves": {node: {"arcs", "share", "keys", "bytes"}}, "shares": {node: {"before", "after",
@@ -68,7 +71,7 @@ def remove(
     """Take a dead node out of the cluster.
 
     What it held is brought to others from the replicas that remain. Refused while the node is alive. Should it come
-    back it is a stranger: it joins anew, with an empty data folder.
+    back it is a stranger: it joins anew, with an empty data folder. Exit codes are those of `leave`.
 
     Refused where a majority of the replicas of something is dead: start one of them. If none can be started,
     --lose-data goes on with what is left of each key's replicas. Acknowledged writes that only the dead held are gone.
@@ -102,7 +105,7 @@ def weight(
 
     Only what moves with that is moved, while requests go on. The cluster keeps the weight; the node's own setting,
     `node.weight`, counts only when it joins. A node cannot hold a key twice: with as many nodes as replicas each holds
-    everything, whatever its weight.
+    everything, whatever its weight. Exit code 17 if it keeps its weight: refused, or undone as in `leave`.
 
     --json prints the topology then, as `leave` does, or with --dry-run the plan.
 
@@ -125,6 +128,7 @@ def replace(
         float,
         typer.Option(metavar="SECONDS", help="Wait so long until a new node is in its place. Default: do not wait."),
     ] = 0.0,
+    dry_run: DryRun = False,
     connect: Connect = DEFAULT_CONNECT,
     as_json: AsJson = False,
 ) -> None:
@@ -132,16 +136,23 @@ def replace(
 
     Replacing moves the data once, removing and joining twice. The new node asks for the place itself, by `agi-dht serve
     --replace NODE`; this checks that the old one is held to be dead (exit code 17 if not), shows what would move, and
-    the command to run. The new node may have the same id, if the old data folder is gone for good.
+    the command to run. The new node may have the same id, if the old data folder is gone for good. With --wait the exit
+    code is 17, too, if the change was undone.
 
-    --json prints the plan, as `plan` does, and "command": its words; with --wait the topology then, as `leave` does.
+    --json prints the plan, as `plan` does, and "command": its words, without them with --dry-run; with --wait the
+    topology then, as `leave` does.
 
-    Example:
+    Examples:
+
+        agi-dht replace node4 --dry-run
 
         agi-dht replace node4 --wait 600
     """
     with connected(connect, None) as client:
         plan = client.plan("replace", node)
+        if dry_run:
+            show_plan(plan, as_json)
+            return
         topology = client.topology()
         members = {member["node_id"]: member for member in topology["members"]}
         peers = ",".join(member["address"] for name, member in members.items() if name != node)
@@ -182,6 +193,8 @@ def plan(
 
         agi-dht plan --weight 2 --rack r7
     """
+    if not weight > 0:  # to the nodes 0 is what was not said
+        raise InvalidRequest(f"a weight is above 0, not {weight:g}")
     with connected(connect, None) as client:
         show_plan(client.plan("join", weight=weight, rack=rack, zone=zone), as_json)
 
@@ -189,7 +202,8 @@ def plan(
 def cancel(wait: Patience = 60.0, connect: Connect = DEFAULT_CONNECT, as_json: AsJson = False) -> None:
     """Undo the change of the members that is under way.
 
-    Everything is as it was before it; a node that was joining sets its data aside and ends. Refused in a recovery.
+    Everything is as it was before it; a node that was joining sets its data aside and ends. Whoever waits for that
+    change hears that it was undone. Refused in a recovery; where no change is under way it says so, with exit code 0.
 
     --json prints the topology then, as `leave` does.
 
@@ -198,7 +212,11 @@ def cancel(wait: Patience = 60.0, connect: Connect = DEFAULT_CONNECT, as_json: A
         agi-dht cancel
     """
     with connected(connect, None) as client:
-        show_topology(client.cancel_change(timeout=wait), as_json)
+        before = client.topology()
+        after = client.cancel_change(timeout=wait)
+    if not before["in_transition"] and after["epoch"] == before["epoch"]:
+        output.note("no change is under way: nothing was undone")
+    show_topology(after, as_json)
 
 
 def wait_healthy(wait: Patience = 60.0, connect: Connect = DEFAULT_CONNECT, as_json: AsJson = False) -> None:
@@ -208,23 +226,31 @@ def wait_healthy(wait: Patience = 60.0, connect: Connect = DEFAULT_CONNECT, as_j
     waits, and each node has compared its replicas with all who share them since one of them came back or a hint was
     given up. That takes a few seconds after a node has started. If it is not so in time, says what is missing.
 
+    With fewer nodes than replicas it waits until each of them has all, as no wait brings more nodes, and says on stderr
+    how many are needed.
+
     Nodes whose repair.interval_ms is 0 compare nothing: what no hint brought to them is not noticed. They are named on
     stderr.
 
-    --json prints {"healthy": true, "unchecked": [names of such nodes]}.
+    --json prints {"healthy": true, "unchecked": [names of such nodes], "too_few": [a line where nodes are needed]}.
 
     Example:
 
         agi-dht wait-healthy --wait 120
     """
+    from agi.core.dht.client.changes import too_few
+
     with connected(connect, None) as client:
         unchecked = client.wait_healthy(wait)
+        lacking = too_few(client.topology())
+    for line in lacking:
+        output.note(line)
     if unchecked:
         output.note(NOT_CHECKED + ", ".join(unchecked))
     if as_json:
-        output.document({"healthy": True, "unchecked": unchecked})
+        output.document({"healthy": True, "unchecked": unchecked, "too_few": lacking})
     else:
-        output.line("replication is whole")
+        output.line("each node has all, but there are too few nodes" if lacking else "replication is whole")
 
 
 class Progress:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from agi.core.dht.cli import output
-from agi.core.dht.cli.connection import DEFAULT_CONNECT, AsJson, Connect, Timeout, connected
+from agi.core.dht.cli.connection import DEFAULT_CONNECT, FIND_TIMEOUT_S, AsJson, Connect, Timeout, connected
 from agi.core.dht.cli.members import Patience, Progress, show_moves, show_topology
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -23,7 +23,8 @@ def topology(
     """Show the epoch of the topology, its voters, and the epochs before it.
 
     The members that an epoch names own the keys; its voters, 1, 3 or 5 of them, decide the next one by majority. The
-    history is that of one node: what it has adopted. A generation is begun by `agi-dht topology recover`.
+    history is what the members that can be reached remember together: a node that joined later knows less. A generation
+    is begun by `agi-dht topology recover`.
 
     --json prints {"cluster", "generation", "epoch", "digest", "voters", "factor", "in_transition", "lost": given up in
     the change under way, "members": [{"node_id", "address", "state", "status", "voter"}], "history": [{"generation",
@@ -35,8 +36,12 @@ def topology(
     """
     if context.invoked_subcommand is not None:
         return
+    from agi.core.dht.cli.asking import histories
+
     with connected(connect, timeout) as client:
         found, history = client.topology(), client.history()
+    reachable = [member["address"] for member in found["members"] if member["reachable"]]
+    history = histories(reachable, FIND_TIMEOUT_S if timeout is None else timeout) or history
     voters = set(found["voters"])
     shown_of_each = ("node_id", "address", "state", "status")
     members = [
@@ -57,8 +62,15 @@ def topology(
     output.table(columns, rows)
     output.table(
         ("epoch", "decided", "what changed"),
-        [(str(past["epoch"]), output.time_text(past["decided_ms"]), past["note"]) for past in reversed(history)],
+        [(str(past["epoch"]), _decided(past), past["note"]) for past in reversed(history)],
     )
+    if history and history[0]["epoch"] > 1:
+        output.line(f"nobody who was reached remembers what was before epoch {history[0]['epoch']}")
+
+
+def _decided(past: dict[str, Any]) -> str:
+    """The first epoch carries no time: each node makes the same bytes of it."""
+    return output.time_text(past["decided_ms"]) if past["decided_ms"] else "at formation"
 
 
 @app.command()

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from agi.core.dht.client.session import Session
-from agi.core.dht.errors import DHTError, InvalidRequest, StorageFull, Unavailable
+from agi.core.dht.errors import ChangeRefused, DHTError, InvalidRequest, StorageFull, Unavailable
 
 POLL_S = 0.25
 PROGRESS_S = 1.0
@@ -59,17 +59,26 @@ class Watch:
         return {name: state["change"] for name, state in states.items() if "change" in state}
 
     async def until_done(self, epoch: int, timeout: float) -> dict[str, Any]:
-        """The topology once the change that this epoch began is over, done or undone. Raises Unavailable."""
+        """The topology once the change that this epoch began is over, done or undone: the caller looks which. Raises
+        Unavailable."""
         unfinished = f"the change that epoch {epoch} began is not over after {timeout:g} s: it goes on"
         return await self._until(lambda topology: topology["epoch"] > epoch, timeout, unfinished)
 
-    async def until_gone(self, disk_id: str, timeout: float) -> dict[str, Any]:
-        """The topology once that disk is no member's. Raises Unavailable."""
+    async def until_gone(self, name: str, disk_id: str, timeout: float) -> dict[str, Any]:
+        """The topology once that disk is no member's. Raises Unavailable; ChangeRefused where a change that was to take
+        it out is seen to be undone."""
+        going = False
 
-        def gone(topology: dict[str, Any]) -> bool:
-            return all(member["disk_id"] != disk_id for member in topology["members"])
+        def over(topology: dict[str, Any]) -> bool:
+            nonlocal going
+            states = [member["state"] for member in topology["members"] if member["disk_id"] == disk_id]
+            if topology["in_transition"]:
+                going = states != ["normal"]
+            return going or not states
 
-        return await self._until(gone, timeout, f"nobody has come in that place within {timeout:g} s")
+        after = await self._until(over, timeout, f"nobody has come in that place within {timeout:g} s")
+        _check_gone(name, disk_id, after)
+        return after
 
     async def _until(
         self, condition: Callable[[dict[str, Any]], bool], timeout: float, unfinished: str
@@ -102,8 +111,38 @@ class Watch:
         return found
 
 
+def _check_gone(name: str, disk_id: str | None, topology: dict[str, Any]) -> None:
+    """What counts is whether it is a member: the note is another's where the next change came soon. Raises
+    ChangeRefused.
+
+    Args:
+        disk_id: of the member that was to go, since it may have joined anew; None from a node that does not tell.
+    """
+    for member in topology["members"]:
+        if member["node_id"] == name and disk_id in (member["disk_id"], None):
+            raise ChangeRefused(f"{name} is still a member at epoch {topology['epoch']} ({topology['note']})")
+
+
+def _check_weight(name: str, weight: float, topology: dict[str, Any]) -> None:
+    """Raises ChangeRefused."""
+    for member in topology["members"]:
+        if member["node_id"] == name and member["weight"] != weight:
+            has = f"{name} has weight {member['weight']:g} at epoch {topology['epoch']}"
+            raise ChangeRefused(f"{has} ({topology['note']})")
+
+
+def too_few(topology: dict[str, Any]) -> list[str]:
+    """A line where there are fewer members than wanted replicas; else none. It is no part of `missing`, since waiting
+    does not bring nodes."""
+    count, factor = sum(member["state"] != "joining" for member in topology["members"]), topology["factor"]
+    if count >= factor:
+        return []
+    more = factor - count
+    return [f"{count} of {factor} replicas exist: {more} more node{'s are' if more > 1 else ' is'} needed"]
+
+
 def missing(topology: dict[str, Any], states: dict[str, dict[str, Any]]) -> list[str]:
-    """What keeps the cluster from full replication, as lines for people; empty if nothing does."""
+    """What keeps the members from holding all that they are to hold, as lines for people; empty if nothing does."""
     members = topology["members"]
     lines = [f"{member['node_id']} is {member['state']}" for member in members if member["state"] != "normal"]
     if topology["in_transition"] and not lines:
@@ -181,7 +220,9 @@ class MembershipCalls(abc.ABC):
     ) -> dict[str, Any]:
         """Takes a node out: its data is brought to those that hold it from then on, then its process ends. Returns the
         topology when that is over. Raises ChangeRefused (another change is under way, the node is dead, fewer nodes
-        than replicas would remain and it is not forced), InvalidRequest (no such node), Unavailable."""
+        than replicas would remain and it is not forced; or the change was undone: by `cancel_change`, by a recovery, or
+        since a node that had to take part was away for `join_timeout`), InvalidRequest (no such node), Unavailable
+        (also: not over in time; it goes on)."""
         return await self._change({"what": "leave", "node": node_id, "force": force}, timeout, on_progress)
 
     async def remove(
@@ -228,25 +269,27 @@ class MembershipCalls(abc.ABC):
         self, node_id: str, *, timeout: float = 600.0, on_progress: Progress | None = None
     ) -> dict[str, Any]:
         """Returns the topology once another node, or the same one with another disk, has taken the place of this
-        member. Raises InvalidRequest (no such node), Unavailable."""
+        member. Raises ChangeRefused (a change that was to take it out was undone), InvalidRequest (no such node),
+        Unavailable."""
         watch = Watch(self.topology, self.status, on_progress)
         await watch.begin()
         topology = await self.topology()
         disks = {member["node_id"]: member["disk_id"] for member in topology["members"]}
         if node_id not in disks:
             raise InvalidRequest(f"there is no node {node_id!r} in the cluster")
-        return await watch.until_gone(disks[node_id], timeout)
+        return await watch.until_gone(node_id, disks[node_id], timeout)
 
     async def cancel_change(self, *, timeout: float = 60.0) -> dict[str, Any]:
-        """Undoes the change of the members that is under way, if there is one; returns the topology. Raises
-        ChangeRefused in a recovery."""
+        """Undoes the change of the members that is under way, if there is one; returns the topology. Whoever waits for
+        that change hears ChangeRefused. Raises ChangeRefused in a recovery."""
         return await self._change({"what": "cancel"}, timeout, None)
 
     async def wait_healthy(self, timeout: float = 60.0) -> list[str]:
         """Returns when replication is whole: every member answers, is ready and connected to the others, no change is
         under way, no hint waits, and each node has compared its replicas with all who share them since one of them came
         back or a hint was given up. That takes a few seconds after a node has started, more where it has many keys to
-        read for it first (`repair.build_keys_per_s`). Raises Unavailable that says what is missing.
+        read for it first (`repair.build_keys_per_s`). Raises Unavailable that says what is missing. With fewer members
+        than the factor it returns when each of them has all: it does not wait for nodes to be added.
 
         Nodes whose `repair.interval_ms` is 0 compare nothing: what no hint brought to them is not noticed. Their names
         are returned; usually there are none."""
@@ -281,4 +324,9 @@ class MembershipCalls(abc.ABC):
         await watch.begin()
         begun = await order_change(self._live(), self._besides(order.get("node", "")), order)
         over_before = begun["epoch"] - (not begun["in_transition"])  # who is asked next need not know of it yet
-        return await watch.until_done(over_before, timeout)
+        after = await watch.until_done(over_before, timeout)
+        if order["what"] in ("leave", "remove"):
+            _check_gone(order["node"], begun.get("disk_id"), after)
+        elif order["what"] == "weight":
+            _check_weight(order["node"], order["weight"], after)
+        return after
