@@ -17,11 +17,13 @@ DELAY_S, LEAST = 0.5, 100
 
 
 class Server:
-    """Answers calls in turn at a steady rate; `offer` brings so many a second, in steps of a millisecond."""
+    """Answers calls in turn at a steady rate, so many at a time; `offer` brings so many a second, in steps of a
+    millisecond."""
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float, lump: int = 1) -> None:
         self.admission = Admission(DELAY_S, LEAST)
         self.rate = rate
+        self.lump = lump
         self.now = 0.0
         self.queue: list[float] = []
         self.waits: list[float] = []
@@ -38,11 +40,11 @@ class Server:
                 coming -= 1
                 self.call()
             self._part += self.rate / 1000
-            while self._part >= 1:
-                self._part -= 1
-                if self.queue:
-                    self.waits.append(self.now - self.queue.pop(0))
-                    self.admission.leave(1, self.now)
+            while self._part >= self.lump:
+                self._part -= self.lump
+                done, self.queue = self.queue[: self.lump], self.queue[self.lump :]
+                self.waits += [self.now - began for began in done]
+                self.admission.leave(len(done), self.now)
 
     def call(self) -> None:
         if self.admission.admits(self.now):
@@ -69,6 +71,53 @@ def test_past_what_can_be_done_what_is_taken_ends_in_time(times: float) -> None:
     assert max(server.waits) < min(DELAY_S * (times + 1), (BURST_MAX + 1) / 10_000)
     server.offer(5_000, 5)
     assert server.refused == 0 and max(server.waits[-5_000:]) < 0.05
+
+
+def test_answers_that_come_many_at_a_time_do_not_make_bursts_of_a_load_that_is_too_much() -> None:
+    server = Server(rate=10_000, lump=3000)
+    server.offer(8_000, 2)
+    server.offer(30_000, 30)
+    late = server.waits[100_000:]
+    assert max(late) < 1.1 * DELAY_S + 3000 / 10_000
+    assert len(server.waits) > 0.95 * 30 * 10_000
+
+
+def test_what_is_refused_elsewhere_is_no_work_done() -> None:
+    """Else who is refused much, and at once, would be taken for fast, and more would be sent to be refused."""
+    admission = Admission(DELAY_S, LEAST)
+    for tick in range(300):
+        now = tick / 100
+        for ended, done in ((10, True), (1000, False)):
+            admission.enter(ended)
+            admission.leave(ended, now, done=done)
+    admission.enter(1000)
+    refused = [tick for tick in range(100) if not admission.admits(3.0 + tick / 100)]
+    assert refused[0] == pytest.approx(50, abs=1)  # of 1000 a second no more than 500 may stand
+
+
+async def test_a_client_counts_what_the_cluster_has_carried_out() -> None:
+    async with Cluster(3) as cluster:
+        client = await cluster.client(timeout=0.2)
+        counted: list[tuple[int, bool]] = []
+
+        class Noted(Admission):
+            def leave(self, count: int, now: float, *, done: bool = True) -> None:
+                counted.append((count, done))
+                super().leave(count, now, done=done)
+
+        client._admission = Noted(DELAY_S, LEAST)
+        await client.put("k", b"1")
+        await client.get_many(["k", "other"])
+        await client.incr("n")
+        await client.put("n", b"no number")
+        with pytest.raises(InvalidRequest):
+            await client.incr("n")
+        cluster.rule(lambda src, dst, message: LOST if isinstance(message, PutReply) else None)
+        with pytest.raises(OutcomeUnknown):
+            await client.put("k", b"2")
+        with pytest.raises(BatchError):
+            await client.put_many({"k": b"3", "other": b"4"})
+        assert counted == [(1, True), (2, True), (1, True), (1, True), (1, True), (1, False), (2, False)]
 
 
 def test_a_burst_is_taken_whole() -> None:

@@ -550,8 +550,8 @@ class DHTClient(MembershipCalls, LockCalls):
         self._admission.enter(len(batch.keys))
         self._session.submit(batch)
 
-    def _ended(self, count: int) -> None:
-        self._admission.leave(count, self._clock.monotonic())
+    def _ended(self, count: int, carried_out: bool) -> None:
+        self._admission.leave(count, self._clock.monotonic(), done=carried_out)
 
     def _batch(
         self,

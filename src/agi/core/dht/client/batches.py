@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from agi.core.dht.errors import DHTError, OutcomeUnknown
 from agi.core.dht.protocol.messages import Delete, Get, Op, Put, Update
@@ -28,6 +28,10 @@ class Kind(enum.IntEnum):
     """Operations under consensus that two nodes may try at any time: looks, and writes bound to a version."""
 
 
+Ended: TypeAlias = Callable[[int, bool], None]
+"""Told how many calls have ended, and whether the cluster has carried them out."""
+
+
 class Sink(Protocol):
     def ok(self, places: Sequence[int] | None, results: Sequence[Any]) -> None:
         """Results of these places (None: all, in order)."""
@@ -35,17 +39,22 @@ class Sink(Protocol):
     def fail(self, places: Iterable[int], error: DHTError) -> None: ...
 
 
+def _carried_out(error: DHTError) -> bool:
+    """Whether a call that ended so was one that the cluster has dealt with."""
+    return not (error.retryable or isinstance(error, OutcomeUnknown))
+
+
 class Futures:
     """One future per key: coalesced single calls. `ended` is told of how many have a result or an error."""
 
     __slots__ = ("_ended", "futures")
 
-    def __init__(self, ended: Callable[[int], None]) -> None:
+    def __init__(self, ended: Ended) -> None:
         self._ended = ended
         self.futures: list[asyncio.Future[Any]] = []
 
     def ok(self, places: Sequence[int] | None, results: Sequence[Any]) -> None:
-        self._ended(len(results))
+        self._ended(len(results), True)
         futures = self.futures if places is None else [self.futures[i] for i in places]
         for future, result in zip(futures, results, strict=True):
             if not future.done():  # a caller may have given up
@@ -57,7 +66,7 @@ class Futures:
             count += 1
             if not self.futures[place].done():
                 self.futures[place].set_exception(error)
-        self._ended(count)
+        self._ended(count, _carried_out(error))
 
 
 class Gathered:
@@ -65,7 +74,7 @@ class Gathered:
 
     __slots__ = ("_ended", "_left", "done", "errors", "results")
 
-    def __init__(self, size: int, ended: Callable[[int], None]) -> None:
+    def __init__(self, size: int, ended: Ended) -> None:
         self._ended = ended
         self.results: list[Any] = [None] * size
         self.errors: dict[int, DHTError] = {}
@@ -78,17 +87,17 @@ class Gathered:
         else:
             for place, result in zip(places, results, strict=True):
                 self.results[place] = result
-        self._count(len(results))
+        self._count(len(results), True)
 
     def fail(self, places: Iterable[int], error: DHTError) -> None:
         count = 0
         for place in places:
             self.errors[place] = error
             count += 1
-        self._count(count)
+        self._count(count, _carried_out(error))
 
-    def _count(self, finished: int) -> None:
-        self._ended(finished)
+    def _count(self, finished: int, carried_out: bool) -> None:
+        self._ended(finished, carried_out)
         self._left -= finished
         if self._left <= 0 and not self.done.done():
             self.done.set_result(None)
@@ -196,9 +205,7 @@ class OpenBatch(Batch):
 
     __slots__ = ("futures",)
 
-    def __init__(
-        self, kind: Kind, consistency: Consistency, deadline: float, ttl_ms: int, ended: Callable[[int], None]
-    ) -> None:
+    def __init__(self, kind: Kind, consistency: Consistency, deadline: float, ttl_ms: int, ended: Ended) -> None:
         sink = Futures(ended)
         Batch.__init__(self, kind, consistency, deadline, ttl_ms, sink)
         self.futures = sink.futures
