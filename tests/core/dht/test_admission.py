@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import deque
 
 import pytest
 from cluster import LOST, Cluster
@@ -25,7 +26,7 @@ class Server:
         self.rate = rate
         self.lump = lump
         self.now = 0.0
-        self.queue: list[float] = []
+        self.queue: deque[float] = deque()
         self.waits: list[float] = []
         self.refused = 0
         self._part = 0.0
@@ -42,7 +43,7 @@ class Server:
             self._part += self.rate / 1000
             while self._part >= self.lump:
                 self._part -= self.lump
-                done, self.queue = self.queue[: self.lump], self.queue[self.lump :]
+                done = [self.queue.popleft() for _ in range(min(self.lump, len(self.queue)))]
                 self.waits += [self.now - began for began in done]
                 self.admission.leave(len(done), self.now)
 

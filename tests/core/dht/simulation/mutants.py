@@ -650,7 +650,7 @@ MUTANTS = (
         "no-read-repair", "a stale reply is repaired before the read returns", _no_read_repair, Profile.CHAOS, seed=3
     ),
     Mutant("superseded-counts", "V2: superseded is no acknowledgement", _superseded_counts, Profile.CLOCKS),
-    Mutant("version-reused", "V1: the boot counter is part of a version", _version_reused, Profile.CLOCKS, seed=22),
+    Mutant("version-reused", "V1: the boot counter is part of a version", _version_reused, Profile.CLOCKS, seed=7),
     Mutant(
         "no-deduplication", "a write that arrives twice takes effect once", _no_deduplication, Profile.NETWORK, seed=3
     ),
@@ -686,7 +686,7 @@ MUTANTS = (
     Mutant("formed-by-majority", "T11: all of the listed nodes decide epoch 1", _formed_by_majority, None, seed=46),
     Mutant("epoch-unchecked", "T3: messages of another epoch are refused", _epoch_unchecked, Profile.CHURN, Turn.STRAY),
     Mutant("one-write-quorum", "T5: both sets take a write", _one_write_quorum, Profile.CHURN, Turn.MOVE, seed=1),
-    Mutant("reads-of-old-set", "T5: both sets are read", _reads_of_the_old_set_only, Profile.CHURN, Turn.LAG, seed=24),
+    Mutant("reads-of-old-set", "T5: both sets are read", _reads_of_the_old_set_only, Profile.CHURN, Turn.LAG),
     Mutant("copied-from-one", "T6: an arc is merged from a majority", _copied_from_one, Profile.CHURN, Turn.MOVE),
     Mutant(
         "newcomers-only",
@@ -711,10 +711,11 @@ MUTANTS = (
         _leftover_kept,
         Profile.CHURN,
         Turn.MOVE,
+        seed=2,
         check="leftover",
     ),
-    Mutant("unequal-after-change", "replicas become equal", _differences_unseen, Profile.CHURN, Turn.MOVE),
-    Mutant("given-up-kept", "data of arcs that were given up goes", _nothing_dropped, Profile.CHURN, Turn.MOVE),
+    Mutant("unequal-after-change", "replicas become equal", _differences_unseen, Profile.CHURN, Turn.MOVE, seed=10),
+    Mutant("given-up-kept", "data of arcs that were given up goes", _nothing_dropped, Profile.CHURN, Turn.MOVE, seed=2),
     Mutant(
         "wiped-disk", "I1: a name with another disk is another", _wiped_disk_accepted, Profile.CHURN, Turn.LOSE, seed=6
     ),
@@ -740,7 +741,7 @@ MUTANTS = (
         _registers_left_behind,
         Profile.CHURN,
         Turn.MOVE,
-        seed=6,
+        seed=9,
     ),
     Mutant("register-by-version", "R2: registers compare by ballot", _registers_by_version, Profile.CONSENSUS),
     Mutant(

@@ -54,7 +54,7 @@ from agi.core.dht.types import PROTOCOL_VERSION
 SEEDS = 50
 CHUNK = 25
 REPLAYED = (2, 13, 15, 20)
-RARE_FIRST, RARE_SEEDS_MIN, RARE_SEEDS_MAX = 39, 5, 40
+RARE_FIRST, RARE_SEEDS_MIN, RARE_SEEDS_MAX = 104, 5, 40
 """All that is rare happens within few seeds from there on."""
 AIMED_SEEDS_MAX, FORMATION_SEEDS_MAX = 60, 200
 """A planted bug is caught within so many seeds of its profile; those of the formation are cheap."""
