@@ -26,7 +26,7 @@
      |   +- UnknownDisk              a known node id with another data folder
      |   +- ClonedNode               a restored or copied data folder: its boot counter is behind, or runs twice
      |   +- BootstrapConflict        the nodes voted for different first topologies
-     |   +- ChangeRefused            a change of the members that cannot be made now; nothing was changed
+     |   +- ChangeRefused            a change of the members that cannot be made now, or was undone: all is as before
      |   +- Removed                  the cluster has let this node go
      +- StorageError                 the store failed
      |   +- StorageFull              no space left; reads go on

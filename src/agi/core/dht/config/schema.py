@@ -588,7 +588,8 @@ class ReclaimConfig:
     interval_ms: int = knob(
         600_000,
         integer(0, 86_400_000),
-        "Pause between two rounds of a node, give or take a quarter; each reads through the node's store. 0: never.",
+        "Pause between two rounds of a node, give or take a quarter; each reads through the node's store. 0: never; "
+        "then the store is read every ten minutes only to count what waits.",
         unit="ms",
         more="what was deleted takes space for longer",
         less="stores are read through more often (at `repair.build_keys_per_s`)",
