@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -480,20 +479,20 @@ async def test_who_does_not_take_them_keeps_its_hints_and_is_tried_again_ever_la
         client = await through(cluster, 0)
         await cluster.down(2)
         await client.put("k", b"v")
-        times: list[float] = []
+        core = cluster.node(0).handoff
+        tries: list[tuple[float, bool]] = []
 
         def note(src: str, dst: str, message: Message) -> None:
             if is_hint(message):
-                times.append(time.monotonic())
+                delay_s, due = core._retry.get("n2", (0.0, 0.0))
+                tries.append((delay_s, time.monotonic() >= due))
 
         cluster.rule(note)
         lose = cluster.rule(lambda src, dst, m: LOST if isinstance(m, ReplicaWriteReply) and src == "n2" else None)
         await cluster.up(2)
-        await until(lambda: len(times) >= 4)
-        core = cluster.node(0).handoff
+        await until(lambda: len(tries) >= 5)
         assert pending(cluster) == {"n2": 1}
-        await until(lambda: core._retry["n2"][0] >= 0.08)
-        assert all(after - before >= 0.02 + 0.01 * 2**i for i, (before, after) in enumerate(pairwise(times[:4])))
+        assert tries[:5] == [(delay_s, True) for delay_s in (0.0, 0.01, 0.02, 0.04, 0.08)]
         assert cluster.held("k")[2] == cluster.held("k")[0]  # it has it, but nobody knows
         lose()
         await until(lambda: not pending(cluster))
