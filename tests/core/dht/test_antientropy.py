@@ -286,6 +286,22 @@ async def test_writes_under_way_are_no_differences() -> None:
         assert all(node.antientropy.keeper.unknown == 0 for node in cluster.living())
 
 
+async def test_who_is_busy_is_not_compared_with_again_before_that_can_settle_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agi.core.dht.antientropy.SOON_S", 0.02)
+    settings = {"dht.repair.interval_ms": 86_400_000, "dht.network.timeout_ms": 2000, **NEVER}
+    async with Cluster(2, factor=2, settings=settings) as cluster:
+        cluster.plant(0, "k", b"v", at_ms=wall_ms())
+        await built(cluster, anew=True)
+        both = [(cluster.node(0).antientropy, "n1"), (cluster.node(1).antientropy, "n0")]
+        began = {each: each.totals.exchanges for each, _ in both}
+        for each, _ in both:
+            each.missed()
+        await until(lambda: all(each.totals.exchanges > began[each] for each, _ in both))
+        for each, other in both:
+            assert each.not_compared == [other]
+            assert each._due[other] >= each._since(other) + 2 + 5  # the timeout, and how far clocks may differ
+
+
 @pytest.mark.parametrize("young_from", [None, 1], ids=["a turn", "a round"])
 @pytest.mark.parametrize("skew_ms", [5000, 3_600_000])
 async def test_a_clock_that_was_set_back_does_not_keep_old_records_young(skew_ms: int, young_from: int | None) -> None:

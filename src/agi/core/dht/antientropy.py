@@ -146,6 +146,8 @@ class AntiEntropy:
         self._interval_s = interval_s
         self._timeout_s = timeout_s
         self._skew_ms = max_clock_skew_ms
+        self._settling_s = timeout_s + max_clock_skew_ms / 1000
+        """What was written so long ago is not young, by any clock."""
         self._traffic = Rate(bytes_per_s, clock)
         self._epoch = 0
         self._due: dict[str, float] = {}
@@ -295,7 +297,10 @@ class AntiEntropy:
             if self._behind(name) or (report is not None and report.unknown):
                 if report is not None and self._begun[name] < self._since(name):  # missed while they compared
                     soon_s = max(soon_s, min(AT_MOST * self._interval_s, AT_MOST_S))
-                self._due[name] = self._clock.monotonic() + soon_s
+                due = self._clock.monotonic() + soon_s
+                if report is not None and report.young and not report.unknown:  # no earlier one could settle it
+                    due = max(due, min(self._since(name) + self._settling_s, now + pause_s))
+                self._due[name] = due
             else:
                 self._due[name] = now + pause_s
 
@@ -348,7 +353,7 @@ class AntiEntropy:
             self._completed[name] = self._clock.monotonic()
             self._ended.add(name)
             if report.young:  # left alone, and no older than that, by a clock that may be ahead
-                began -= self._timeout_s + self._skew_ms / 1000
+                began -= self._settling_s
             if not report.young or young_from is None:
                 self._covered[name] = max(began, self._covered.get(name, began))
         if report.differing:
