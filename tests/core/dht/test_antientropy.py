@@ -286,7 +286,9 @@ async def test_writes_under_way_are_no_differences() -> None:
         assert all(node.antientropy.keeper.unknown == 0 for node in cluster.living())
 
 
-async def test_who_is_busy_is_not_compared_with_again_before_that_can_settle_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_is_busy_is_not_compared_with_again_before_that_can_settle_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("agi.core.dht.antientropy.SOON_S", 0.02)
     settings = {"dht.repair.interval_ms": 86_400_000, "dht.network.timeout_ms": 2000, **NEVER}
     async with Cluster(2, factor=2, settings=settings) as cluster:

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 
+import pytest
 from cluster import Cluster, until
 
 from agi.core.dht.client.routing import readers
@@ -112,6 +113,28 @@ async def test_a_node_that_is_lost_or_late_costs_only_its_own_keys() -> None:
         await until(lambda: len(client._live().up) == 3)
         both = [name for name in NAMES if not {1, 2} <= set(cluster.holders(name))]
         assert await client.get_many(both) == {name: ITEMS[name] for name in both}
+
+
+async def test_where_all_are_late_they_are_not_all_asked_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agi.core.dht.client.direct.SPARED_MAX", 2.0)
+    async with Cluster(3) as cluster:
+        await filled(cluster)
+        client = await cluster.client(timeout=20.0)
+        late = cluster.rule(lambda src, dst, m: (0.4,) if isinstance(m, ReplicaReadReply) and dst == "client" else None)
+        seen = asked(cluster)
+        for _ in range(6):
+            assert await client.get(NAMES[0]) == ITEMS[NAMES[0]]
+        assert sum(isinstance(message, Get) for _, message in seen) == 2
+        assert sum(isinstance(message, ReplicaRead) for _, message in seen) == 6 * 2
+        late()
+        assert await client.get(NAMES[0]) == ITEMS[NAMES[0]]
+        await until(lambda: client._live().direct._credit >= 2)  # one that was in time lets two others be asked again
+        cluster.rule(lambda src, dst, m: () if isinstance(m, ReplicaReadReply) and dst == "client" else None)
+        seen.clear()
+        assert await client.get(NAMES[0], timeout=4.0) == ITEMS[NAMES[0]]
+        assert await client.get(NAMES[0], timeout=4.0) == ITEMS[NAMES[0]]
+        assert await client.get(NAMES[0], timeout=4.0) == ITEMS[NAMES[0]]  # after half of its time
+        assert sum(isinstance(message, Get) for _, message in seen) == 3
 
 
 async def test_doubled_replies_do_not_count_for_two() -> None:

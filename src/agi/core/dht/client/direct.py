@@ -37,6 +37,10 @@ LATE_PERCENTILE = 0.99
 LATE_FLOOR_S = 0.01
 LATE_CEILING_S = 0.25
 """However slow replicas have been, a coordinator is asked after this, or after half of the call's time."""
+SPARED_MAX, SPARED_EACH = 32.0, 2.0
+"""Late reads that may be asked again at once in a row, and how many more may for each read that was in time: all that a
+slow node is asked, but where most reads are late the nodes have too much to do, and asking twice only adds to it. Such
+a read waits for half of the time that is left to it."""
 LATE_BYTES_PER_S = 32 * 1024 * 1024
 """Large values take their time: so much longer is waited for what is under way."""
 _UNREAD = b""
@@ -94,6 +98,7 @@ class DirectReads:
         self._reads: dict[int, _Read] = {}
         self._late: TimerWheel[int] = TimerWheel(session.clock.monotonic())
         self._latency = Quantile(LATE_PERCENTILE, start_s=0.05, floor_s=LATE_FLOOR_S)
+        self._credit = SPARED_MAX
         self._turn = 0
 
     @property
@@ -164,14 +169,23 @@ class DirectReads:
             self._end(reply.id)
 
     def look(self, now: float) -> None:
-        """Gives up on what is late; its coordinator hedges further."""
+        """Gives up on what is late; its coordinator hedges further. A negative number has been late once."""
         for number in self._late.advance(now):
-            if number in self._reads:
+            read = self._reads.get(abs(number))
+            if number < 0:
+                if read is not None:
+                    self._end(-number)
+            elif read is None:
+                self._latency.add(0.0)
+                self._credit = min(SPARED_MAX, self._credit + SPARED_EACH)
+            else:
                 if self._latency.value < LATE_CEILING_S:
                     self._latency.add(float("inf"))
-                self._end(number)
-            else:
-                self._latency.add(0.0)
+                if self._credit >= 1:
+                    self._credit -= 1
+                    self._end(number)
+                else:
+                    self._late.add((now + read.batch.deadline) / 2, -number)
 
     def lost(self, node: Remote) -> None:
         """A node's links broke."""
